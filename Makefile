@@ -1,0 +1,29 @@
+# Each target does its own set-up: a machine needs Python 3.11 or newer (with venv), make and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Trains on scikit-learn's digits, prints the numbers and where the pictures are.
+demo: $(VENV)/.ready
+	$(BIN)/introvae fit --data digits --out runs/demo-$$(date +%Y%m%d-%H%M%S) --evaluate
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Two processes with one thread each: faster than one with two, and the same on any number of cores.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage

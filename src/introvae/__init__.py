@@ -1,0 +1,79 @@
+"""Introspective variational autoencoders: VAEs whose encoder also judges what the decoder makes.
+
+The names below are the whole public interface. They are imported when first used, so that `introvae --help` needs no
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from introvae.data import from_array, load_data
+    from introvae.errors import CheckpointError, ConfigError, DataError, IntrovaeError, RunError
+    from introvae.evaluation import evaluate
+    from introvae.gaussian import DiagonalGaussian
+    from introvae.model import IntrospectiveVAE
+    from introvae.networks import list_networks, register_network
+    from introvae.objectives import VAE, ASIntroVAE, IntroVAE, Objective, SoftIntroVAE, Warmup
+    from introvae.step import IntrospectiveStep, Noise
+    from introvae.training.config import FitConfig
+    from introvae.training.loop import fit
+    from introvae.training.run import Run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "ASIntroVAE",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DiagonalGaussian",
+    "FitConfig",
+    "IntroVAE",
+    "IntrospectiveStep",
+    "IntrospectiveVAE",
+    "IntrovaeError",
+    "Noise",
+    "Objective",
+    "Run",
+    "RunError",
+    "SoftIntroVAE",
+    "Warmup",
+    "__version__",
+    "evaluate",
+    "fit",
+    "from_array",
+    "list_networks",
+    "load_data",
+    "register_network",
+]
+
+_HOMES = {
+    "introvae.data": ("from_array", "load_data"),
+    "introvae.errors": ("CheckpointError", "ConfigError", "DataError", "IntrovaeError", "RunError"),
+    "introvae.evaluation": ("evaluate",),
+    "introvae.gaussian": ("DiagonalGaussian",),
+    "introvae.model": ("IntrospectiveVAE",),
+    "introvae.networks": ("list_networks", "register_network"),
+    "introvae.objectives": ("VAE", "ASIntroVAE", "IntroVAE", "Objective", "SoftIntroVAE", "Warmup"),
+    "introvae.step": ("IntrospectiveStep", "Noise"),
+    "introvae.training.config": ("FitConfig",),
+    "introvae.training.loop": ("fit",),
+    "introvae.training.run": ("Run",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'introvae' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

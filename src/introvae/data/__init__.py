@@ -1,0 +1,108 @@
+"""What a model is trained on: 2D densities, digits, images in Parquet files, arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from introvae.data.arrays import ArrayData, Part, from_array
+from introvae.data.densities import Density, get_density, list_densities
+from introvae.errors import DataError
+
+__all__ = ["ArrayData", "Data", "Density", "DensityData", "Part", "from_array", "load_data"]
+
+
+@dataclass(frozen=True)
+class DensityData:
+    """An endless supply of points in the plane."""
+
+    density: Density
+
+    @property
+    def name(self) -> str:
+        """What `--data` was."""
+        return f"density:{self.density.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(2,)."""
+        return (2,)
+
+    def batches(self, batch_size: int, seed: int) -> DensityBatches:
+        """An endless stream of fresh points."""
+        return DensityBatches(self.density, batch_size, seed)
+
+
+class DensityBatches:
+    """Endless batches of fresh draws."""
+
+    def __init__(self, density: Density, batch_size: int, seed: int) -> None:
+        self.density, self.batch_size = density, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next(self, device: torch.device | str) -> Tensor:
+        """The next batch, float32 `[N, 2]`."""
+        return self.density.sample(self.batch_size, self.generator).to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+Data = ArrayData | DensityData
+
+
+def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
+    """The data that `--data` names.
+
+    Arguments:
+        source: "digits", "density:NAME", a Parquet file, a folder of Parquet files, a .npy file of images or vectors,
+            or an array in memory (see `from_array`).
+
+    Raises:
+        ConfigError: an unknown density.
+        DataError: an unknown name, or files that cannot be read.
+
+    Example:
+        >>> load_data("density:rings").shape
+        (2,)
+    """
+    if isinstance(source, ArrayData | DensityData):
+        return source
+    if isinstance(source, Tensor | np.ndarray):
+        return from_array(source)
+    name = str(source)
+    if name.startswith("density:"):
+        return DensityData(get_density(name.removeprefix("density:")))
+    if name == "digits":
+        from introvae.data.images import load_digits
+
+        return load_digits()
+    path = Path(name).expanduser()
+    if path.suffix == ".npy" and path.is_file():
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as an array: {error}") from error
+        return from_array(array, name=name)
+    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):
+        from introvae.data.images import load_parquet
+
+        return load_parquet(path)
+    choices = ", ".join(f"density:{density}" for density in list_densities())
+    if path.exists():
+        raise DataError(f"{path} holds no Parquet file: give a .parquet or .npy file or a folder of Parquet files")
+    raise DataError(
+        f"unknown data {name!r}: choose digits, {choices}, or the path of a .parquet or .npy file or of a folder of "
+        "Parquet files"
+    )

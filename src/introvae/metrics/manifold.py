@@ -1,0 +1,41 @@
+"""Precision and recall by k-nearest-neighbour manifolds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from introvae.errors import ConfigError
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of fakes inside the real manifold (precision) and of real images inside the fakes' (recall).
+
+    The manifold of a set is the union of balls around its points, each reaching to the point's k-th neighbour in the
+    set.
+
+    Arguments:
+        real, fake: features `[N, ...]` and `[M, ...]`, flattened here; pixels are features too.
+        k: which neighbour gives the radius.
+
+    Raises:
+        ConfigError: a set with no more than k points.
+
+    Source: Kynkaanniemi et al. 2019, Eqs. 1-3.
+
+    Example:
+        >>> points = torch.arange(10.0)[:, None]
+        >>> precision_recall(points, points[:5], k=1)
+        (1.0, 0.6)
+    """
+    real, fake = real.flatten(1).double(), fake.flatten(1).double()
+    for name, x in (("real", real), ("fake", fake)):
+        if len(x) <= k:
+            raise ConfigError(f"{len(x)} {name} samples have no {k}-th neighbour: give more than {k}")
+    return _share_inside(fake, real, k), _share_inside(real, fake, k)
+
+
+def _share_inside(points: Tensor, manifold: Tensor, k: int) -> float:
+    radii = torch.cdist(manifold, manifold, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1).values
+    distances = torch.cdist(points, manifold, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distances <= radii).any(dim=1).double().mean().item()

@@ -1,0 +1,277 @@
+"""The model: an ordinary variational autoencoder that knows nothing of its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from introvae.errors import CheckpointError, ConfigError, DataError, positive
+from introvae.files import write_atomically
+from introvae.gaussian import DiagonalGaussian
+from introvae.networks import build_network, network_for
+
+FORMAT = 1
+"""Version of the saved model's layout; `from_pretrained` refuses others."""
+
+
+class IntrospectiveVAE(nn.Module):
+    """An encoder and a decoder, and what one does with them.
+
+    Arguments:
+        encoder: any module with `encoder(x) -> (mean, logvar)`, each `[N, Z]`.
+        decoder: any module with `decoder(z) -> x`.
+        latent_dim: Z.
+
+    Raises:
+        ConfigError: a latent dimension that is not above 0.
+
+    Example:
+        >>> model = IntrospectiveVAE.build(shape=(1, 28, 28), latent_dim=32, channels=[8, 16])
+        >>> model.reconstruct(torch.rand(4, 1, 28, 28)).shape
+        torch.Size([4, 1, 28, 28])
+        >>> model.sample(2, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        positive(latent_dim=latent_dim)
+        self.encoder, self.decoder, self.latent_dim = encoder, decoder, latent_dim
+        self.config: dict[str, Any] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        shape: tuple[int, ...],
+        network: str = "auto",
+        latent_dim: int = 128,
+        *,
+        data: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> IntrospectiveVAE:
+        """A new model from the name of its network.
+
+        Arguments:
+            shape: of one sample, (C, H, W) or (D,).
+            network: a registered name, or "auto": conv for images, mlp for vectors.
+            latent_dim: Z.
+            data: facts about the data (name, value range) to be saved with the model.
+            options: the network's own settings, such as `channels=[32, 64]`.
+
+        Raises:
+            ConfigError: an unknown network or option, or a shape that the network cannot take.
+        """
+        name = network_for(tuple(shape)) if network == "auto" else network
+        encoder, decoder = build_network(name, tuple(shape), latent_dim, options)
+        model = cls(encoder, decoder, latent_dim)
+        model.config = {
+            "format": FORMAT,
+            "network": name,
+            "shape": list(shape),
+            "latent_dim": latent_dim,
+            "options": json.loads(json.dumps(options)),
+            "data": data or {},
+        }
+        return model
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample, or None for a model that was not built from a name."""
+        return tuple(self.config["shape"]) if self.config else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """The posterior q(z|x) of `x: [N, ...]`; its log-variance stays inside `gaussian.LOGVAR_RANGE`.
+
+        Raises:
+            DataError: x has another shape than the model was built for.
+        """
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            raise DataError(f"the model takes data of shape {self.shape}, not {tuple(x.shape[1:])}")
+        return DiagonalGaussian.bounded(*self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The images or vectors of the latents `z: [N, Z]`."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same as `reconstruct`, with gradients."""
+        return self.decode(self.encode(x).mode)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What the decoder makes of the mode of each posterior; same shape as `x: [N, ...]`."""
+        return self(x)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Decode n draws from the prior N(0, I), `[n, ...]`.
+
+        Arguments:
+            n: number of samples.
+            generator: a CPU generator, so that the same seed gives the same latents on every device.
+
+        Raises:
+            ConfigError: n is not above 0.
+        """
+        positive(n=n)
+        parameter = next(self.parameters())
+        z = torch.randn(n, self.latent_dim, generator=generator, dtype=parameter.dtype)
+        return self.decode(z.to(parameter.device))
+
+    @torch.no_grad()
+    def interpolate(self, a: Tensor, b: Tensor, steps: int = 8, spherical: bool = False) -> Tensor:
+        """Decode the way between the modes of `a` and `b`, both `[N, ...]`; `[N, steps, ...]`, ends included.
+
+        Arguments:
+            steps: number of points, at least 2.
+            spherical: keep to the great circle and change the length linearly (Shoemake 1985).
+
+        Raises:
+            ConfigError: fewer than two steps.
+        """
+        if steps < 2:
+            raise ConfigError(f"steps is {steps}: an interpolation needs at least 2")
+        start, end = self.encode(a).mode[:, None], self.encode(b).mode[:, None]
+        t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[None, :, None]
+        z = _slerp(start, end, t) if spherical else torch.lerp(start, end, t)
+        return self.decode(z.flatten(0, 1)).unflatten(0, (len(a), steps))
+
+    def elbo(
+        self,
+        x: Tensor,
+        *,
+        beta_rec: float = 1.0,
+        beta_kl: float = 1.0,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """-(beta_rec * squared error + beta_kl * KL) of each sample, `[N]`, with one draw of z.
+
+        Source: Soft-IntroVAE (2021), Eq. 1; the squared error stands for a Gaussian likelihood of variance 1/2
+        without its constant.
+        """
+        posterior = self.encode(x)
+        error = (x - self.decode(posterior.sample(noise, generator))).square().flatten(1).sum(dim=1)
+        return -(beta_rec * error + beta_kl * posterior.kl())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, each whole or not at all.
+
+        Raises:
+            ConfigError: the model was not built from a registered network's name.
+        """
+        from safetensors.torch import save
+
+        if self.config is None:
+            raise ConfigError(
+                "only a model from IntrospectiveVAE.build can be saved whole: register your networks with "
+                "register_network, or keep model.state_dict()"
+            )
+        folder = Path(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(folder / "model.safetensors", save(tensors))
+        write_atomically(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> IntrospectiveVAE:
+        """Load what `save_pretrained` wrote, in evaluation mode; no code of the source is run.
+
+        Arguments:
+            source: a folder, or a name on the Hugging Face hub ("owner/model").
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: a file is missing or cut, or keys or shapes differ from the network's.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = _fetch(source, revision)
+        config = _read_config(folder / "config.json")
+        try:
+            model = cls.build(
+                tuple(config["shape"]),
+                config["network"],
+                config["latent_dim"],
+                data=config["data"],
+                **config["options"],
+            )
+        except (ConfigError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} describes no known model: {error}") from error
+        path = folder / "model.safetensors"
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): restore it from a copy or train again") from error
+        check_state(tensors, model.state_dict(), str(path))
+        model.load_state_dict(tensors)
+        return model.eval()
+
+
+def check_state(found: dict[str, Tensor], expected: dict[str, Tensor], path: str) -> None:
+    """Raise `CheckpointError` unless both have the same names, shapes and types; the message names the first that differ."""
+    for problem, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            raise CheckpointError(f"{path} {problem} weights ({listed}): it belongs to another network")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, the network has "
+                f"{tensor.dtype} {tuple(tensor.shape)}: it belongs to another network"
+            )
+
+
+def _fetch(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or folder.is_absolute() or str(source).startswith("."):
+        raise CheckpointError(f"no model folder at {source}: give a folder with config.json, or owner/model on the hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no model folder at {source}, and the hub does not give it: {reason}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
+    kinds = {"format": int, "network": str, "shape": list, "latent_dim": int, "options": dict, "data": dict}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no model description")
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}")
+    if config["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}, this version reads {FORMAT}: update introvae")
+    return config
+
+
+def _slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    lengths = [v.norm(dim=-1, keepdim=True) for v in (start, end)]
+    tiny = torch.finfo(start.dtype).tiny
+    directions = [v / length.clamp(min=tiny) for v, length in zip((start, end), lengths, strict=True)]
+    angle = (directions[0] * directions[1]).sum(dim=-1, keepdim=True).clamp(-1, 1).acos()
+    sine = angle.sin()
+    # (Nearly) parallel or opposite directions have no unique circle: go straight.
+    safe = sine.clamp(min=1e-4)
+    direction = (((1 - t) * angle).sin() * directions[0] + (t * angle).sin() * directions[1]) / safe
+    return torch.where(sine < 1e-4, torch.lerp(start, end, t), torch.lerp(*lengths, t) * direction)

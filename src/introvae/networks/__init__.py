@@ -1,0 +1,84 @@
+"""Pairs of encoder and decoder, built from a name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from introvae.errors import ConfigError, positive, unknown
+from introvae.networks.conv import build_conv
+from introvae.networks.mlp import build_mlp
+
+__all__ = ["build_network", "list_networks", "network_for", "register_network"]
+
+Builder = Callable[..., tuple[nn.Module, nn.Module]]
+
+_NETWORKS: dict[str, Builder] = {
+    "mlp": build_mlp,
+    "conv": build_conv,
+    # For tests: every path in seconds.
+    "tiny-mlp": partial(build_mlp, hidden=16, depth=2),
+    "tiny-conv": partial(build_conv, channels=(4,)),
+}
+
+
+def list_networks() -> list[str]:
+    """Names of all registered networks."""
+    return list(_NETWORKS)
+
+
+def register_network(name: str, builder: Builder) -> None:
+    """Make `builder(shape, latent_dim, **options) -> (encoder, decoder)` known under `name`.
+
+    A model that is built from a registered name can be saved and loaded; any other pair of modules works for training.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in _NETWORKS:
+        raise ConfigError(f"a network named {name!r} is registered already: choose another name")
+    _NETWORKS[name] = builder
+
+
+def network_for(shape: tuple[int, ...]) -> str:
+    """The network that "auto" stands for: conv for images, mlp for vectors."""
+    return "conv" if len(shape) == 3 else "mlp"
+
+
+def build_network(
+    name: str, shape: tuple[int, ...], latent_dim: int, options: dict[str, Any] | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of the network `name` for data of `shape`.
+
+    Arguments:
+        name: one of `list_networks()`.
+        shape: of one sample, (C, H, W) or (D,).
+        latent_dim: Z.
+        options: the builder's own settings, such as {"channels": [32, 64]}.
+
+    Raises:
+        ConfigError: an unknown name or option, or a shape that the network cannot take.
+
+    Example:
+        >>> encoder, decoder = build_network("conv", (1, 28, 28), latent_dim=32, options={"channels": [8, 16]})
+        >>> decoder(encoder(torch.rand(2, 1, 28, 28))[0]).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    if name not in _NETWORKS:
+        raise unknown("network", name, list_networks())
+    positive(latent_dim=latent_dim)
+    builder, options = _NETWORKS[name], dict(options or {})
+    parameters = inspect.signature(builder).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        for option in options:
+            if option not in known:
+                raise unknown(f"option of network {name!r}", option, known)
+    try:
+        return builder(tuple(shape), latent_dim, **options)
+    except TypeError as error:
+        raise ConfigError(f"the options {options} do not fit network {name!r}: {error}") from error

@@ -1,0 +1,112 @@
+"""The papers' standard convolutional pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from introvae.errors import ConfigError, one_of, positive
+from introvae.networks.blocks import NORMS, ResidualBlock, make_norm
+
+WIDTHS = (64, 128, 256, 512, 512, 512)
+"""Published channels from the largest resolution to the smallest (28 px: the first two, 32 px: three, 256 px: all)."""
+
+
+class ConvEncoder(nn.Module):
+    """`x: [N, C, S, S]` to mean and log-variance, each `[N, Z]`: 5x5 conv, then [residual block, pool] per halving."""
+
+    def __init__(self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(shape[0], channels[0], 5, padding=2, bias=norm == "none")
+        self.norm = make_norm(norm, channels[0])
+        widths = [*channels, channels[-1]]
+        self.blocks = nn.ModuleList(
+            ResidualBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        side = shape[1] >> len(channels)
+        self.head = nn.Linear(channels[-1] * side * side, 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.leaky_relu(self.norm(self.stem(x)), 0.2)
+        for block in self.blocks:
+            h = block(F.avg_pool2d(h, 2))
+        mean, logvar = self.head(h.flatten(1)).chunk(2, dim=1)
+        return mean, logvar
+
+
+class ConvDecoder(nn.Module):
+    """`z: [N, Z]` to `x: [N, C, S, S]` in [0, 1] (sigmoid): linear, then [residual block, x2] per doubling, 5x5 conv."""
+
+    def __init__(self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str) -> None:
+        super().__init__()
+        self.side, self.width = shape[1] >> len(channels), channels[-1]
+        self.stem = nn.Linear(latent_dim, self.width * self.side**2)
+        widths = [channels[-1], *reversed(channels), channels[0]]
+        self.blocks = nn.ModuleList(
+            ResidualBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.head = nn.Conv2d(channels[0], shape[0], 5, padding=2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = F.relu(self.stem(z)).unflatten(1, (self.width, self.side, self.side))
+        h = self.blocks[0](h.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks[1:]:
+            h = block(F.interpolate(h, scale_factor=2, mode="nearest"))
+        return torch.sigmoid(self.head(h))
+
+
+def build_conv(
+    shape: tuple[int, ...], latent_dim: int, *, channels: Sequence[int] | None = None, norm: str = "layer"
+) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder for square images of `shape` (C, S, S) with 1 or 3 channels.
+
+    Arguments:
+        channels: widths from the largest resolution to the smallest, one for each halving of the side; the default
+            takes the published widths down to 4 ... 7 pixels.
+        norm: "layer" (over the channels of each position; the default, independent of the batch), "group", "batch"
+            (as published; its evaluation mode differs from its training mode) or "none".
+
+    Raises:
+        ConfigError: a shape, width or norm that is not possible; the message says which are.
+
+    Source: Soft-IntroVAE (2021), standard architecture; IntroVAE (2018), App. B.
+    """
+    one_of(NORMS, norm=norm)
+    sides = possible_sides()
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or shape[1] not in sides:
+        raise ConfigError(
+            f"network 'conv' cannot take data of shape {tuple(shape)}: it takes 1 or 3 channels and a square side of "
+            f"{', '.join(map(str, sides))} pixels"
+        )
+    square = (shape[0], shape[1], shape[2])
+    if channels is None:
+        channels = WIDTHS[: _halvings(shape[1])]
+    if not channels or shape[1] % (1 << len(channels)):
+        raise ConfigError(
+            f"{len(channels)} channel widths halve the side that often, which {shape[1]} pixels do not allow: give 1 "
+            f"to {_powers_of_two(shape[1])} of them"
+        )
+    for index, width in enumerate(channels):
+        positive(**{f"channels[{index}]": width})
+    encoder = ConvEncoder(square, latent_dim, channels, norm)
+    decoder = ConvDecoder(square, latent_dim, channels, norm)
+    return (
+        encoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+        decoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+    )
+
+
+def possible_sides() -> list[int]:
+    """Sides that halve, at least once and as often as `WIDTHS` has entries, down to 4 ... 7 pixels."""
+    return sorted(base << k for base in (4, 5, 6, 7) for k in range(1, len(WIDTHS) + 1))
+
+
+def _halvings(side: int) -> int:
+    return next(k for k in range(1, len(WIDTHS) + 1) if side >> k < 8)
+
+
+def _powers_of_two(side: int) -> int:
+    return (side & -side).bit_length() - 1

@@ -1,0 +1,131 @@
+"""The contract of an objective: what each of the two players wants, given per-sample terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from introvae.errors import not_negative, positive
+from introvae.gaussian import DiagonalGaussian
+
+Values = Mapping[str, Tensor]
+"""What may change during a run (betas, margin, annealing), as 0-d tensors by name."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A batch of images (or vectors) and what the two networks make of it.
+
+    Arguments:
+        x: `[N, C, H, W]` or `[N, D]`, the real or fake images.
+        z: `[N, Z]`. For real images a draw from their posterior; for fakes the latent they were decoded from.
+        posterior: q(z|x) of these images.
+        reconstruction_error: `[N]`, squared error summed over pixels, or None where no objective asked for it.
+    """
+
+    x: Tensor
+    z: Tensor
+    posterior: DiagonalGaussian
+    reconstruction_error: Tensor | None = None
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """KL(q(z|x) || N(0, I)), `[N]`, in nats."""
+        return self.posterior.kl()
+
+    @property
+    def rec(self) -> Tensor:
+        """Squared error of the reconstruction, `[N]`, summed over pixels."""
+        if self.reconstruction_error is None:
+            raise RuntimeError("this loss reads fake.rec, which its objective's `*_reads` does not declare")
+        return self.reconstruction_error
+
+
+class Objective:
+    """Base of all objectives: a frozen dataclass of settings with one loss for each player.
+
+    A new objective is a new file beside this one. It overrides `encoder_loss` and `decoder_loss`, names in
+    `*_reads` the terms beyond `real.rec`, `real.kl` and the fakes' `kl` that a loss reads (the step computes no
+    other), and in `tunable` the settings that may change during a run and reach the losses through `values`.
+    """
+
+    adversarial: ClassVar[bool] = True
+    """False for objectives whose players want the same: one joint update, no fakes."""
+    batch_coupled: ClassVar[bool] = False
+    """True where a sample's loss depends on the others of its batch, which then cannot be split."""
+    tunable: ClassVar[tuple[str, ...]] = ()
+    reads_fake_rec_in_encoder: ClassVar[bool] = False
+
+    @property
+    def reads_fake_rec_in_decoder(self) -> str:
+        """What the gradient of the fakes' `rec` reaches in the decoder's phase.
+
+        "" (not read), "fake" (the fake itself, through ||f - sg(D(E(f)))||^2) or "redecode" (the second decode,
+        through ||sg(f) - D(sg(z_f))||^2).
+        """
+        return ""
+
+    @property
+    def reads_real_in_decoder(self) -> bool:
+        """Whether the decoder's loss reads `real.posterior` and `real.kl` (judged anew by the updated encoder)."""
+        return False
+
+    def scale_of(self, x: Tensor) -> float:
+        """The factor s in front of the losses; 1 unless an objective has one."""
+        return 1.0
+
+    def values(self, progress: float = 1.0) -> dict[str, float]:
+        """The changeable settings after the share `progress` in [0, 1] of the adversarial steps."""
+        return {name: float(getattr(self, name)) for name in self.tunable}
+
+    def at(self, progress: float) -> Objective:
+        """The objective to use after the share `progress`: itself, or a cheaper one with equal gradients."""
+        return self
+
+    def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
+        """What the encoder minimises; a scalar. `fakes` are (reconstruction, sample), cut off from the decoder."""
+        raise NotImplementedError
+
+    def decoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
+        """What the decoder minimises; a scalar. `fakes` are (reconstruction, sample), judged by the new encoder."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """The first steps of a run, in which both networks minimise an ordinary VAE's loss with betas of its own.
+
+    The loss has the objective's scale s, so that Adam's second moments fit the phase that follows.
+
+    Arguments:
+        steps: number of steps, 0 for none.
+        beta_rec: weight of the squared error, without unit.
+        beta_kl: weight of the KL, without unit.
+
+    Raises:
+        ConfigError: a setting is negative.
+
+    Source: `num_vae` in Soft-IntroVAE's code; IntroVAE (2018), Sec. 4.1 and App. D.
+    """
+
+    steps: int = 0
+    beta_rec: float = 1.0
+    beta_kl: float = 1.0
+
+    def __post_init__(self) -> None:
+        not_negative(**{"warmup.steps": self.steps, "warmup.beta_kl": self.beta_kl})
+        positive(**{"warmup.beta_rec": self.beta_rec})
+
+    def loss(self, real: Judged, scale: float) -> Tensor:
+        """Mean over the batch of scale * (beta_rec * rec + beta_kl * KL); a scalar."""
+        return scale * (self.beta_rec * real.rec + self.beta_kl * real.kl).mean()
+
+
+def mean_over_fakes(terms: list[Tensor]) -> Tensor:
+    """Mean over the kinds of fake and over the batch; a scalar."""
+    return torch.stack([term.mean() for term in terms]).mean()

@@ -1,0 +1,235 @@
+"""The two-phase update that all objectives share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from introvae.errors import positive
+from introvae.gaussian import DiagonalGaussian
+from introvae.model import IntrospectiveVAE
+from introvae.objectives import Judged, Objective, Values, Warmup
+
+
+class Noise(NamedTuple):
+    """All standard normal draws of one step.
+
+    Arguments:
+        real: `[N, Z]`, for z ~ q(z|x).
+        prior: `[N, Z]`, the latents z_p of the samples.
+        fakes: `[2N, Z]`, for the fakes' latents (reconstructions, then samples) in the encoder's phase.
+        again: `[2N, Z]`, for the fakes' latents in the decoder's phase.
+    """
+
+    real: Tensor
+    prior: Tensor
+    fakes: Tensor
+    again: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        n: int,
+        latent_dim: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Noise:
+        """Draw the noise for a batch of n from `generator` (made on `device`)."""
+        draws = torch.randn(6 * n, latent_dim, generator=generator, device=device, dtype=dtype)
+        return cls(draws[:n], draws[n : 2 * n], draws[2 * n : 4 * n], draws[4 * n :])
+
+
+class IntrospectiveStep:
+    """One update of the encoder, then one of the decoder, on the same batch.
+
+    The passes are the papers' with what is computed twice there shared: the decoder's outputs of the encoder's phase
+    serve the decoder's phase, whose weights have not changed, and reconstructions and samples go through each network
+    as one batch. The gradients are those of the textbook order.
+
+    Arguments:
+        model: the networks; trained in place.
+        objective: what each player wants.
+        warmup: the loss of the VAE steps (`warming=True`).
+        lr: Adam's rate of both players.
+        adam_betas: Adam's decay rates.
+        share: False recomputes the decoder's outputs in its own phase, as the papers' pseudo-code does.
+
+    Raises:
+        ConfigError: a rate that is not above 0.
+
+    Source: Soft-IntroVAE (2021), Algorithm 1; IntroVAE (2018), Algorithm 1.
+
+    Example:
+        >>> from introvae import IntrospectiveVAE, SoftIntroVAE
+        >>> model = IntrospectiveVAE.build(shape=(2,), network="tiny-mlp", latent_dim=2)
+        >>> step = IntrospectiveStep(model, SoftIntroVAE(beta_neg=1.0))
+        >>> sorted(step(torch.randn(16, 2)))
+        ['kl_real', 'kl_reconstruction', 'kl_sample', 'loss_decoder', 'loss_encoder', 'rec']
+    """
+
+    def __init__(
+        self,
+        model: IntrospectiveVAE,
+        objective: Objective,
+        *,
+        warmup: Warmup | None = None,
+        lr: float = 2e-4,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        share: bool = True,
+    ) -> None:
+        positive(lr=lr)
+        self.model, self.objective, self.warmup = model, objective, warmup or Warmup()
+        self.lr, self.share = lr, share
+        self.encoder_params = [p for p in model.encoder.parameters() if p.requires_grad]
+        self.decoder_params = [p for p in model.decoder.parameters() if p.requires_grad]
+        self.encoder_optimizer = torch.optim.Adam(self.encoder_params, lr=lr, betas=adam_betas, fused=True)
+        self.decoder_optimizer = torch.optim.Adam(self.decoder_params, lr=lr, betas=adam_betas, fused=True)
+        # Batch statistics would mix reconstructions and samples: such networks see them one after the other.
+        self.one_batch = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+    def __call__(
+        self, x: Tensor, noise: Noise | None = None, values: Values | None = None, *, warming: bool = False
+    ) -> dict[str, Tensor]:
+        """Update both players on the batch `x: [N, ...]`.
+
+        Arguments:
+            x: real images or vectors.
+            noise: the step's normal draws; drawn from torch's default generator when not given.
+            values: the objective's changeable settings as 0-d tensors; its own when not given.
+            warming: take a VAE's step with the warm-up's loss instead.
+
+        Returns:
+            Detached scalars: rec (squared error summed over pixels), kl_* in nats and the losses, all before the
+            update. A step without fakes leaves theirs out.
+        """
+        if noise is None:
+            noise = Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype)
+        if values is None:
+            values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
+        if warming or not self.objective.adversarial:
+            return self._joint(x, noise, values, warming)
+        return self._two_player(x, noise, values)
+
+    def _joint(self, x: Tensor, noise: Noise, values: Values, warming: bool) -> dict[str, Tensor]:
+        posterior = self.model.encode(x)
+        z = posterior.sample(noise.real)
+        real = Judged(x, z, posterior, squared_error(x, self.model.decode(z)))
+        if warming:
+            loss = self.warmup.loss(real, self.objective.scale_of(x))
+        else:
+            loss = self.objective.encoder_loss(real, (), values)
+        loss.backward(inputs=self.encoder_params + self.decoder_params)
+        self._update(self.encoder_optimizer)
+        self._update(self.decoder_optimizer)
+        return _record(real, (), loss, loss)
+
+    def _two_player(self, x: Tensor, noise: Noise, values: Values) -> dict[str, Tensor]:
+        objective = self.objective
+        posterior = self.model.encode(x)
+        z = posterior.sample(noise.real)
+        # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
+        leaf = z.detach().requires_grad_()
+        latents = torch.cat([leaf, noise.prior])
+        fakes = self._decode(latents)
+
+        # Encoder: fakes are given. The reconstruction's gradient comes back through the decoder to the leaf, ...
+        real = Judged(x, z, posterior, squared_error(x, fakes[: len(x)]))
+        judged = self._judge(
+            fakes.detach(), latents.detach(), noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else ""
+        )
+        loss_encoder = objective.encoder_loss(real, judged, values)
+        (into_z,) = torch.autograd.grad(loss_encoder, leaf, retain_graph=self.share)
+        # ... and from there goes into the encoder, together with all its other terms, in one backward pass.
+        (loss_encoder + (z * into_z).sum()).backward(inputs=self.encoder_params)
+        record = _record(real, judged, loss_encoder, None)
+        self._update(self.encoder_optimizer)
+
+        # Decoder: judged by the updated encoder.
+        if not self.share:
+            fakes = self._decode(latents.detach())
+        real = Judged(x, leaf.detach(), posterior.detach(), squared_error(x, fakes[: len(x)]))
+        if objective.reads_real_in_decoder:
+            with torch.no_grad():
+                real = Judged(x, real.z, self.model.encode(x), real.rec)
+        judged = self._judge(fakes, latents.detach(), noise.again, objective.reads_fake_rec_in_decoder)
+        loss_decoder = objective.decoder_loss(real, judged, values)
+        loss_decoder.backward(inputs=self.decoder_params)
+        self._update(self.decoder_optimizer)
+        record["loss_decoder"] = loss_decoder.detach()
+        return record
+
+    def _judge(self, fakes: Tensor, latents: Tensor, noise: Tensor, rec_gradient: str) -> tuple[Judged, ...]:
+        """What the encoder says of `fakes: [2N, ...]`; `rec_gradient` says whom the error's gradient reaches."""
+        posterior = self._encode(fakes)
+        rec = None
+        if rec_gradient == "encoder":
+            rec = squared_error(fakes, self._decode(posterior.sample(noise)))
+        elif rec_gradient == "fake":
+            with torch.no_grad():
+                again = self._decode(posterior.sample(noise))
+            rec = squared_error(fakes, again)
+        elif rec_gradient == "redecode":
+            rec = squared_error(fakes.detach(), self._decode(posterior.sample(noise).detach()))
+        n = len(fakes) // 2
+        return tuple(
+            Judged(fakes[half], latents[half], posterior[half], None if rec is None else rec[half])
+            for half in (slice(0, n), slice(n, None))
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.one_batch:
+            return self.model.decode(latents)
+        return torch.cat([self.model.decode(half) for half in latents.chunk(2)])
+
+    def _encode(self, fakes: Tensor) -> DiagonalGaussian:
+        if self.one_batch:
+            return self.model.encode(fakes)
+        halves = [self.model.encode(half) for half in fakes.chunk(2)]
+        return DiagonalGaussian(
+            torch.cat([q.mean for q in halves]), torch.cat([q.logvar for q in halves])
+        )
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the rate of both players."""
+        for optimizer in (self.encoder_optimizer, self.decoder_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks and optimisers as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "encoder_optimizer": self.encoder_optimizer.state_dict(),
+            "decoder_optimizer": self.decoder_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.encoder_optimizer.load_state_dict(state["encoder_optimizer"])
+        self.decoder_optimizer.load_state_dict(state["decoder_optimizer"])
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """Squared error of each sample, `[N]`, summed over pixels and channels."""
+    return (x - y).square().flatten(1).sum(dim=1)
+
+
+def _record(
+    real: Judged, fakes: tuple[Judged, ...], loss_encoder: Tensor, loss_decoder: Tensor | None
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        record = {"rec": real.rec.mean(), "kl_real": real.kl.mean(), "loss_encoder": loss_encoder.detach()}
+        for name, fake in zip(("kl_reconstruction", "kl_sample"), fakes, strict=False):
+            record[name] = fake.kl.mean()
+        if loss_decoder is not None:
+            record["loss_decoder"] = loss_decoder.detach()
+    return record

@@ -1,0 +1,229 @@
+"""The settings of a run: one frozen dataclass, from Python, YAML or the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from introvae.errors import ConfigError, not_negative, one_of, positive, unknown
+from introvae.objectives import Objective, SoftIntroVAE, Warmup, list_objectives
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+DEFAULT_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that decides what a training run computes.
+
+    Arguments:
+        data: digits, density:NAME, or the path of a .parquet or .npy file or of a folder of Parquet files.
+        objective: what the two players want; any setting of it can be given as --objective.NAME.
+        network: conv, mlp, or auto (conv for images, mlp for vectors).
+        network_options: settings of the network, such as --network_options.channels "[32, 64]".
+        latent_dim: dimensions of the latent space; by default that of vectors, 32 for grey images up to 32 pixels, 128
+            for others.
+        batch_size: samples in a step.
+        steps: length of the run, warm-up included (default 10,000).
+        epochs: its length in passes over the training part, instead of steps.
+        lr: Adam's learning rate of both players.
+        lr_schedule: constant, cosine (down to 0 at the end) or milestones (times 0.1 at each of lr_milestones).
+        lr_milestones: shares of the run, in (0, 1), at which the rate falls.
+        lr_warmup: steps over which the rate grows from 0.
+        adam_betas: Adam's decay rates.
+        ema: decay of the averaged weights, which are the ones that are saved and measured; 0 for none.
+        warmup: the VAE steps at the start.
+        seed: of the weights, the order of the data and all noise.
+        log_every: steps between two lines of log.jsonl.
+        image_every: steps between two pictures; 0 for only one at the end.
+        checkpoint_every: steps between two checkpoints; 0 for only one at the end.
+        device: auto, cpu, cuda, cuda:1, mps ...
+        out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
+
+    Raises:
+        ConfigError: a setting is out of range, or steps and epochs are both given.
+
+    Example:
+        >>> FitConfig(data="density:rings", steps=100).objective
+        SoftIntroVAE(beta_rec=1.0, ...)
+    """
+
+    data: str = "digits"
+    objective: Objective = field(default_factory=SoftIntroVAE)
+    network: str = "auto"
+    network_options: dict[str, Any] = field(default_factory=dict)
+    latent_dim: int | None = None
+    batch_size: int = 64
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float = 2e-4
+    lr_schedule: str = "constant"
+    lr_milestones: tuple[float, ...] = ()
+    lr_warmup: int = 0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    ema: float = 0.999
+    warmup: Warmup = field(default_factory=Warmup)
+    seed: int = 0
+    log_every: int = 50
+    image_every: int = 1000
+    checkpoint_every: int = 1000
+    device: str = "auto"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
+        not_negative(
+            lr_warmup=self.lr_warmup,
+            image_every=self.image_every,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+        )
+        for name in ("steps", "epochs", "latent_dim"):
+            if getattr(self, name) is not None:
+                positive(**{name: getattr(self, name)})
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("steps and epochs are both given: give one of them")
+        one_of(("constant", "cosine", "milestones"), lr_schedule=self.lr_schedule)
+        if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
+            raise ConfigError("lr_milestones and lr_schedule='milestones' go together: give both or neither")
+        shares = {f"lr_milestones[{i}]": share for i, share in enumerate(self.lr_milestones)}
+        for name, share in {**shares, "ema": self.ema, **dict(zip(("beta1", "beta2"), self.adam_betas, strict=True))}.items():
+            if not 0 <= share < 1:
+                raise ConfigError(f"{name} is {share}: it must be at least 0 and below 1")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` (from 0) of a run of `steps`."""
+        progress = step / steps
+        factor = min(1.0, (step + 1) / (self.lr_warmup + 1))
+        if self.lr_schedule == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * progress))
+        elif self.lr_schedule == "milestones":
+            factor *= 0.1 ** sum(progress >= share for share in self.lr_milestones)
+        return self.lr * factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in config.yaml."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cls = type(self.objective)
+        known = cls.__name__ in list_objectives() and cls.__module__.startswith("introvae.")
+        settings["objective"] = {
+            "class_path": cls.__name__ if known else f"{cls.__module__}.{cls.__qualname__}",
+            "init_args": {f.name: getattr(self.objective, f.name) for f in dataclasses.fields(self.objective)},  # pyright: ignore
+        }
+        settings["warmup"] = dataclasses.asdict(self.warmup)
+        for name in ("lr_milestones", "adam_betas"):
+            settings[name] = list(settings[name])
+        return settings
+
+    def to_yaml(self) -> str:
+        """The text of config.yaml."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+@cache
+def config_parser() -> ArgumentParser:
+    """The parser that reads a `FitConfig` from options, YAML or both."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--settings", action=ActionConfigFile, help="a YAML file of these settings")
+    parser.add_class_arguments(FitConfig, nested_key=None, as_group=False)
+    return parser
+
+
+def parse_config(arguments: Sequence[str], files: Sequence[Path] = (), source: str = "") -> FitConfig:
+    """A `FitConfig` from command-line words, on top of YAML files.
+
+    Arguments:
+        arguments: such as ["--steps", "100"].
+        files: YAML files, the later ones over the earlier; the words come last.
+        source: named in errors.
+
+    Raises:
+        ConfigError: an unknown or unreadable setting, in one line.
+    """
+    words = [word for file in files for word in ("--settings", str(file))]
+    return config_from(_parse(config_parser(), [*words, *arguments], source), source)
+
+
+def config_from(namespace: Namespace, source: str = "") -> FitConfig:
+    """Build the `FitConfig` of parsed settings."""
+    from jsonargparse import ArgumentError
+
+    parser = config_parser()
+    try:
+        settings = parser.instantiate(namespace).as_dict()
+        return FitConfig(**{f.name: settings[f.name] for f in dataclasses.fields(FitConfig)})
+    except (ArgumentError, TypeError) as error:
+        raise _one_line(error, source) from error
+
+
+def _parse(parser: ArgumentParser, words: list[str], source: str) -> Namespace:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(words)
+    except (ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _one_line(error, source) from error
+
+
+def _one_line(error: Exception, source: str) -> ConfigError:
+    message = " ".join(str(error).split())
+    match = re.search(r'key "objective".*import path string: (\S+)', message)
+    if match:
+        return unknown("objective", match.group(1), list_objectives())
+    message = message.removeprefix("Parser ")
+    return ConfigError(f"{source + ': ' if source else ''}{message} (see introvae fit --help)")
+
+
+def load_config(path: Path) -> FitConfig:
+    """Read a config.yaml or a recipe.
+
+    Raises:
+        ConfigError: the file is missing, or a setting in it is unknown or out of range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no settings file at {path}")
+    return parse_config([], [path], source=str(path))
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe, from its name or its path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in list_recipes():
+        return RECIPES / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    raise unknown("recipe", name, [*list_recipes(), "a .yaml file"])
+
+
+def recommended_recipe(data: str, objective: str) -> str | None:
+    """Name of the recommended recipe for this data and objective, or None.
+
+    Example:
+        >>> recommended_recipe("density:8gaussians", "SoftIntroVAE")
+        '8gaussians-softintrovae'
+    """
+    name = f"{data.removeprefix('density:')}-{objective.lower()}"
+    return name if name in list_recipes() else None

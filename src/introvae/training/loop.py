@@ -1,0 +1,414 @@
+"""The training loop: batches in, a run folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from introvae.data import ArrayData, Data, load_data
+from introvae.errors import CheckpointError, ConfigError, RunError
+from introvae.model import IntrospectiveVAE, check_state
+from introvae.objectives import Objective
+from introvae.step import IntrospectiveStep, Noise
+from introvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from introvae.training.config import DEFAULT_STEPS, FitConfig, load_config, recipe_path, recommended_recipe
+from introvae.training.controller import Controller
+from introvae.training.ema import averaged
+from introvae.training.preview import preview
+from introvae.training.run import Run, default_folder
+
+
+class Step(Protocol):
+    """What the loop knows of an update."""
+
+    objective: Objective
+
+    def __call__(
+        self, x: Tensor, noise: Noise | None = None, values: Any = None, *, warming: bool = False
+    ) -> dict[str, Tensor]: ...
+
+    def set_lr(self, lr: float) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(RunError):
+    """The run was stopped by Ctrl-C or a termination signal; its state was saved."""
+
+
+class Diverged(RunError):
+    """The losses or weights are no longer finite."""
+
+
+def fit(
+    config: FitConfig | None = None,
+    *,
+    data: Data | Tensor | np.ndarray | None = None,
+    resume: str | Path | None = None,
+    recipe: str = "auto",
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a model and leave everything in a run folder.
+
+    Arguments:
+        config: all settings at once; or give single ones as `settings`.
+        data: an array or data in memory, instead of the setting `data`.
+        resume: a run folder to go on with; settings given besides must equal the run's.
+        recipe: settings that the given ones override: a recipe's name or file, "auto" (the recommended one for the data
+            and the objective, where there is one) or "none". Not used with `config`.
+        progress: show a progress bar.
+        settings: fields of `FitConfig`.
+
+    Returns:
+        The run; `run.model()` is the trained model.
+
+    Raises:
+        IntrovaeError: a setting, the data or the run folder will not do; `Interrupted` after Ctrl-C, state saved.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = fit(data="density:rings", network="tiny-mlp", steps=3, out=folder + "/run", progress=False)
+        ...     run.model().sample(2).shape
+        torch.Size([2, 2])
+    """
+    if isinstance(data, str | Path):
+        settings["data"], data = str(data), None
+    if data is not None:
+        data = load_data(data)
+        settings.setdefault("data", data.name)
+    if resume is not None:
+        return resume_fit(resume, config, data=data, progress=progress, **settings)
+    if config is None:
+        config = config_for(recipe, settings)
+    elif settings and set(settings) != {"data"}:
+        raise ConfigError("give either a config or single settings, not both")
+    trainer = Trainer(config, data)
+    run = Run.create(Path(config.out) if config.out else default_folder(config), trainer.config)
+    return trainer.train(run, progress)
+
+
+def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
+    """The settings of a recipe ("auto", "none", a name or a file) with `settings` over them.
+
+    Raises:
+        ConfigError: an unknown recipe or setting.
+    """
+    known = [f.name for f in dataclasses.fields(FitConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}: choose from {', '.join(known)}")
+    if recipe == "auto":
+        bare = FitConfig(**settings)
+        name = recommended_recipe(bare.data, type(bare.objective).__name__)
+        recipe = name or "none"
+    base = FitConfig() if recipe == "none" else load_config(recipe_path(recipe))
+    if "steps" in settings or "epochs" in settings:
+        base = dataclasses.replace(base, steps=None, epochs=None)
+    return dataclasses.replace(base, **settings)
+
+
+def resume_fit(
+    folder: str | Path,
+    config: FitConfig | None = None,
+    *,
+    data: Data | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Go on with a run from its newest checkpoint.
+
+    Raises:
+        RunError: no run or no checkpoint there, or a setting differs from the run's (each is listed).
+        CheckpointError: the checkpoint is damaged.
+    """
+    run = Run.open(folder)
+    found = run.config()
+    wanted = config or dataclasses.replace(found, **settings)
+    refuse_differences(run, found, wanted)
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        raise RunError(f"{folder} has no checkpoint to resume from: start it anew with introvae fit")
+    trainer = Trainer(dataclasses.replace(found, device=wanted.device), data)
+    trainer.load_state_dict(load_checkpoint(checkpoints[-1], trainer.device), checkpoints[-1])
+    run.rewind_log(trainer.step_index)
+    return trainer.train(run, progress)
+
+
+def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
+    """Raise `RunError` with every setting in which `wanted` differs from the run's; device and out may."""
+    ours, theirs = _flat(wanted.to_dict()), _flat(found.to_dict())
+    differences = [
+        f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and name not in ("device", "out")
+    ]
+    if differences:
+        raise RunError(
+            f"{run.folder} was started with other settings ({'; '.join(differences)}): resume without them, "
+            "or start a new run"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+class Trainer:
+    """Everything that a run keeps in memory, and the loop over it.
+
+    Arguments:
+        config: the settings; the ones left to be chosen (steps, network, latent_dim) are filled in.
+        data: loaded from `config.data` when not given.
+
+    Raises:
+        ConfigError: settings that do not fit the data.
+        DataError: the data cannot be read.
+    """
+
+    def __init__(self, config: FitConfig, data: Data | None = None) -> None:
+        self.data = load_data(config.data) if data is None else data
+        self.config = config = resolve(config, self.data)
+        self.device = pick_device(config.device)
+        self.steps = config.steps or DEFAULT_STEPS
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # of the weights; all later draws have generators of their own
+            self.model = IntrospectiveVAE.build(
+                self.data.shape,
+                config.network,
+                config.latent_dim or 1,
+                data={"name": self.data.name, "range": "[0, 1]" if len(self.data.shape) == 3 else "unbounded"},
+                **config.network_options,
+            ).to(self.device)
+        self.step = IntrospectiveStep(
+            self.model, config.objective, warmup=config.warmup, lr=config.lr, adam_betas=config.adam_betas
+        )
+        self.average = averaged(self.model, config.ema)
+        self.controller = Controller(config.objective, config.warmup.steps, self.steps, self.device)
+        self.batches = self.data.batches(config.batch_size, config.seed)
+        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.step_index, self.seconds = 0, 0.0
+
+    def train(self, run: Run, progress: bool = True) -> Run:
+        """Run to the end; the model is saved there.
+
+        Raises:
+            Interrupted: after Ctrl-C or a termination signal; the state is saved.
+            Diverged: a loss is no longer finite; nothing of it is saved.
+        """
+        from tqdm import tqdm
+
+        bar = tqdm(
+            total=self.steps * self.config.batch_size,
+            initial=self.step_index * self.config.batch_size,
+            unit="img" if len(self.data.shape) == 3 else "sample",
+            unit_scale=True,
+            smoothing=0.1,
+            disable=None if progress else True,  # None: where standard error is no terminal
+            mininterval=0.5,
+        )
+        if self.step_index == 0:
+            self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
+        with bar, open(run.log_path, "a") as log, _stop_on_signal() as stopped:
+            while self.step_index < self.steps:
+                row = self._one_step()
+                bar.update(self.config.batch_size)
+                if row is not None:
+                    self._log(run, log, row, bar)
+                done, config = self.step_index, self.config
+                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps:
+                    self._save(run)
+                if config.image_every and done % config.image_every == 0 and done < self.steps:
+                    self._picture(run, f"step_{done:08d}.png")
+                if stopped.is_set() and done < self.steps:
+                    self._save(run)
+                    raise Interrupted(
+                        f"stopped after step {done} of {self.steps}, state saved: "
+                        f"go on with introvae fit --resume {run.folder}"
+                    )
+        self._save(run)
+        self._picture(run, "final.png")
+        self.averaged_model().save_pretrained(run.model_folder)
+        return run
+
+    def averaged_model(self) -> IntrospectiveVAE:
+        """The model with averaged weights, in evaluation mode."""
+        model: IntrospectiveVAE = self.average.module  # pyright: ignore[reportAssignmentType]
+        return model.eval()
+
+    def _one_step(self) -> dict[str, Any] | None:
+        """Train on the next batch; the line for the log where one is due."""
+        started = time.perf_counter()
+        config, index = self.config, self.step_index
+        warming = index < config.warmup.steps
+        x = self.batches.next(self.device)
+        noise = Noise.draw(len(x), self.model.latent_dim, self.noise, self.device)
+        values = self.controller.update(index)
+        lr = config.lr_at(index, self.steps)
+        self.step.set_lr(lr)
+        self.step.objective = config.objective.at(self.controller.progress(index))
+        due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
+        fakes = self._fakes(x, noise) if due and (warming or not config.objective.adversarial) else {}
+        record = self.step(x, noise, values, warming=warming)
+        self.average.update_parameters(self.model)
+        self.step_index += 1
+        if not due:
+            self.seconds += time.perf_counter() - started
+            return None
+        numbers = {name: value.item() for name, value in {**record, **fakes}.items()}
+        self.seconds += time.perf_counter() - started
+        return {
+            "step": self.step_index,
+            "samples_seen": self.step_index * config.batch_size,
+            "seconds": round(self.seconds, 3),
+            "phase": "warmup" if warming else "train",
+            "lr": lr,
+            **numbers,
+            **self.controller.plain(),
+        }
+
+    @torch.no_grad()
+    def _fakes(self, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """The KLs of fakes in steps that make none, for the log."""
+        z = self.model.encode(x).sample(noise.real)
+        fakes = {"kl_reconstruction": z, "kl_sample": noise.prior}
+        return {name: self.model.encode(self.model.decode(z)).kl().mean() for name, z in fakes.items()}
+
+    def _log(self, run: Run, log: Any, row: dict[str, Any], bar: Any) -> None:
+        if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+            checkpoints = list_checkpoints(run.checkpoints)
+            kept = f"; the last good state is {checkpoints[-1]}" if checkpoints else ""
+            raise Diverged(
+                f"the losses are not finite at step {self.step_index} (rec {row['rec']:.4g}, KL(real) "
+                f"{row['kl_real']:.4g}): lower lr, or raise beta_neg or warmup.steps{kept}"
+            )
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
+        bar.set_postfix({title: f"{row[name]:.3g}" for name, title in shown.items()}, refresh=False)
+
+    def _picture(self, run: Run, name: str) -> None:
+        preview(self.averaged_model(), self.data, run.images / name)
+
+    def _save(self, run: Run) -> None:
+        save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as tensors and plain values."""
+        return {
+            "players": self.step.state_dict(),
+            "average": self.average.state_dict(),
+            "controller": self.controller.state_dict(),
+            "batches": self.batches.state_dict(),
+            "noise": self.noise.get_state(),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Restore a checkpoint's content, read from `path`.
+
+        Raises:
+            CheckpointError: keys or shapes differ from this run's.
+        """
+        try:
+            check_state(state["players"]["model"], self.model.state_dict(), str(path))
+            check_state(state["average"], self.average.state_dict(), str(path))
+            self.step.load_state_dict(state["players"])
+            self.average.load_state_dict(state["average"])
+            self.controller.load_state_dict(state["controller"])
+            self.batches.load_state_dict(state["batches"])
+            self.noise.set_state(state["noise"].cpu())
+            self.step_index, self.seconds = state["step"], state["seconds"]
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
+
+
+def resolve(config: FitConfig, data: Data) -> FitConfig:
+    """Fill in what was left to be chosen: steps, latent_dim.
+
+    Raises:
+        ConfigError: a batch larger than the data, epochs of endless data, a kernel that does not fit the latents.
+    """
+    from introvae.networks import network_for
+
+    steps = config.steps
+    if config.epochs is not None:
+        if not isinstance(data, ArrayData):
+            raise ConfigError(f"{data.name} is endless and has no epochs: give steps")
+        steps = max(1, round(config.epochs * data.steps_per_epoch(config.batch_size)))
+    elif isinstance(data, ArrayData):
+        data.steps_per_epoch(config.batch_size)
+    steps = steps or DEFAULT_STEPS
+    if config.warmup.steps >= steps and config.objective.adversarial:
+        raise ConfigError(f"warmup.steps {config.warmup.steps} leaves nothing of the {steps} steps: lower it")
+    latent_dim = config.latent_dim
+    if latent_dim is None:
+        small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
+        latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
+    if config.objective.batch_coupled and config.batch_size < 2:
+        raise ConfigError(f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1")
+    network = network_for(data.shape) if config.network == "auto" else config.network
+    return dataclasses.replace(config, steps=steps, epochs=None, latent_dim=latent_dim, network=network)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto" or a name stands for.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}): choose auto or cpu") from error
+    return device
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a termination signal sets, so that no step is cut in two; a second one interrupts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,143 @@
+"""A run is a folder that tells everything."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from introvae.errors import ConfigError, RunError
+from introvae.files import write_atomically
+from introvae.model import IntrospectiveVAE
+from introvae.training.config import FitConfig, load_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """`config.yaml`, `log.jsonl`, `images/`, `checkpoints/`, `model/` and `report.json` of one training.
+
+    Arguments:
+        folder: where they are.
+
+    Example:
+        >>> Run(Path("runs/a")).model_folder.as_posix()
+        'runs/a/model'
+    """
+
+    folder: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The settings, as `introvae fit --recipe` takes them too."""
+        return self.folder / "config.yaml"
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON object a line."""
+        return self.folder / "log.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """Pictures made during training and evaluation."""
+        return self.folder / "images"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable state."""
+        return self.folder / "checkpoints"
+
+    @property
+    def model_folder(self) -> Path:
+        """The averaged weights, for `IntrospectiveVAE.from_pretrained`."""
+        return self.folder / "model"
+
+    @property
+    def report_path(self) -> Path:
+        """What `evaluate` measured."""
+        return self.folder / "report.json"
+
+    @classmethod
+    def create(cls, folder: Path, config: FitConfig) -> Run:
+        """Start a new run folder.
+
+        Raises:
+            RunError: the folder holds a run already, or cannot be made.
+        """
+        run = cls(folder)
+        if run.config_path.exists() or run.log_path.exists():
+            raise RunError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
+        try:
+            run.images.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+            write_atomically(run.config_path, config.to_yaml().encode())
+        except OSError as error:
+            raise RunError(f"the run folder {folder} cannot be written ({error}): choose another --out") from error
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """An existing run.
+
+        Raises:
+            RunError: there is none in the folder.
+        """
+        run = cls(Path(folder))
+        if not run.config_path.is_file():
+            raise RunError(f"no run at {folder}: it has no config.yaml (runs are made by introvae fit)")
+        return run
+
+    def config(self) -> FitConfig:
+        """The run's settings."""
+        return load_config(self.config_path)
+
+    def model(self) -> IntrospectiveVAE:
+        """The trained model: averaged weights, evaluation mode.
+
+        Raises:
+            RunError: the training has not ended.
+            CheckpointError: the model's files are damaged.
+        """
+        if not (self.model_folder / "config.json").is_file():
+            raise RunError(f"{self.folder} has no model yet: finish it with introvae fit --resume {self.folder}")
+        return IntrospectiveVAE.from_pretrained(self.model_folder)
+
+    def log(self) -> list[dict[str, Any]]:
+        """All lines of log.jsonl."""
+        if not self.log_path.is_file():
+            return []
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+    def rewind_log(self, step: int) -> None:
+        """Forget what was logged after `step`, and a line that a crash cut."""
+        kept = []
+        for line in self.log_path.read_text().splitlines() if self.log_path.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        write_atomically(self.log_path, "".join(kept).encode())
+
+    def report(self) -> dict[str, Any]:
+        """What `evaluate` measured.
+
+        Raises:
+            RunError: the run was not evaluated.
+        """
+        if not self.report_path.is_file():
+            raise RunError(f"{self.folder} has no report yet: make it with introvae evaluate {self.folder}")
+        return json.loads(self.report_path.read_text())
+
+
+def default_folder(config: FitConfig) -> Path:
+    """runs/DATE-DATA-OBJECTIVE, with a number behind it where that name is taken."""
+    data = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data).stem.removeprefix("density:")).strip("-") or "data"
+    name = f"{date.today():%Y%m%d}-{data}-{type(config.objective).__name__.lower()}"
+    for number in range(1, 10_000):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            return folder
+    raise ConfigError(f"runs/{name} and all numbered names after it are taken: give --out")
