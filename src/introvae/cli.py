@@ -153,11 +153,15 @@ def _sample(words: list[str]) -> None:
     from introvae.errors import positive
     from introvae.training.run import Run
 
-    example = "example:\n  introvae sample runs/digits -n 64 -o samples.png\n  introvae sample runs/digits -n 64 -o folder"
+    example = (
+        "example:\n  introvae sample runs/digits -n 64 -o samples.png\n  introvae sample runs/digits -n 64 -o folder"
+    )
     parser = _parser("sample", "Draw new images or points from a run's model.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("-n", "--number", type=int, default=64, help="how many (default: 64)")
-    parser.add_argument("-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder for single images")
+    parser.add_argument(
+        "-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder for single images"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
     own = parser.parse_args(words)
     positive(n=own.number)
@@ -177,7 +181,9 @@ def _reconstruct(words: list[str]) -> None:
     parser = _parser("reconstruct", "Encode images and decode them again.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("images", nargs="+", help="image files of the model's size")
-    parser.add_argument("-o", "--output", required=True, help="FILE.png (image and reconstruction side by side), FILE.npy or a folder")
+    parser.add_argument(
+        "-o", "--output", required=True, help="FILE.png (image and reconstruction side by side), FILE.npy or a folder"
+    )
     own = parser.parse_args(words)
     model = Run.open(own.run).model()
     x = torch.stack([_read_image(Path(name), model.shape or ()) for name in own.images])

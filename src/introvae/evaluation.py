@@ -101,7 +101,11 @@ def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator
         return torch.cat([model.sample(min(n - start, 10_000), generator) for start in range(0, n, 10_000)]).cpu()
 
     def compared(
-        metric: Callable[[Tensor, Tensor], tuple[float, ...]], names: tuple[str, ...], n: int, repeats: int, protocol: str
+        metric: Callable[[Tensor, Tensor], tuple[float, ...]],
+        names: tuple[str, ...],
+        n: int,
+        repeats: int,
+        protocol: str,
     ) -> Metrics:
         ours = [metric(real(n), fake(n)) for _ in range(repeats)]
         perfect = [metric(real(n), real(n)) for _ in range(repeats)]
@@ -171,7 +175,9 @@ def _samples(model: IntrospectiveVAE, data: ArrayData, generator: torch.Generato
     heldout, train = data.heldout[slice(REFERENCE)], data.train
     reference = train[torch.randperm(len(train), generator=generator)[:REFERENCE]]
     n = SAMPLES
-    draws = [_batched(model.decode, torch.randn(n, model.latent_dim, generator=generator), model) for _ in range(REPEATS)]
+    draws = [
+        _batched(model.decode, torch.randn(n, model.latent_dim, generator=generator), model) for _ in range(REPEATS)
+    ]
     real = heldout.tensor()
     others = reference.tensor()[:n]
     scores = [manifold.precision_recall(real, x, manifold_k()) for x in draws]

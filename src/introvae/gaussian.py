@@ -57,9 +57,7 @@ class DiagonalGaussian:
             generator: source of those draws.
         """
         if noise is None:
-            noise = torch.randn(
-                self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-            )
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + noise * (0.5 * self.logvar).exp()
 
     def kl(self) -> Tensor:

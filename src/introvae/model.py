@@ -218,7 +218,7 @@ class IntrospectiveVAE(nn.Module):
 
 
 def check_state(found: dict[str, Tensor], expected: dict[str, Tensor], path: str) -> None:
-    """Raise `CheckpointError` unless both have the same names, shapes and types; the message names the first that differ."""
+    """Raise `CheckpointError` naming what differs, unless both have the same names, shapes and types."""
     for problem, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
@@ -274,4 +274,4 @@ def _slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     # (Nearly) parallel or opposite directions have no unique circle: go straight.
     safe = sine.clamp(min=1e-4)
     direction = (((1 - t) * angle).sin() * directions[0] + (t * angle).sin() * directions[1]) / safe
-    return torch.where(sine < 1e-4, torch.lerp(start, end, t), torch.lerp(*lengths, t) * direction)
+    return torch.where(sine < 1e-4, torch.lerp(start, end, t), torch.lerp(lengths[0], lengths[1], t) * direction)

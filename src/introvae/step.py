@@ -189,9 +189,7 @@ class IntrospectiveStep:
         if self.one_batch:
             return self.model.encode(fakes)
         halves = [self.model.encode(half) for half in fakes.chunk(2)]
-        return DiagonalGaussian(
-            torch.cat([q.mean for q in halves]), torch.cat([q.logvar for q in halves])
-        )
+        return DiagonalGaussian(torch.cat([q.mean for q in halves]), torch.cat([q.logvar for q in halves]))
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -129,9 +129,7 @@ def from_array(
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim not in (2, 4) or len(x) < 2 or 0 in x.shape:
-        raise DataError(
-            f"{name} has shape {tuple(x.shape)}: give at least two images [N, C, H, W] or vectors [N, D]"
-        )
+        raise DataError(f"{name} has shape {tuple(x.shape)}: give at least two images [N, C, H, W] or vectors [N, D]")
     if x.dtype == torch.uint8 and x.ndim == 4:
         values = x
     elif x.is_floating_point():

@@ -45,7 +45,7 @@ def load_parquet(path: Path) -> ArrayData:
     """
     import datasets
 
-    files = {"data_files": str(path)} if path.is_file() else {"data_dir": str(path)}
+    files: dict[str, Any] = {"data_files": str(path)} if path.is_file() else {"data_dir": str(path)}
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -120,6 +120,4 @@ def _alike(parts: dict[str, Part], path: Path) -> dict[str, Part]:
         sizes = ", ".join(f"{name} {part.x.shape[3]} x {part.x.shape[2]}" for name, part in parts.items())
         raise DataError(f"{path}: the splits have images of several sizes ({sizes}): make them one size")
     channels = max(part.x.shape[1] for part in parts.values())
-    return {
-        name: Part(part.x.expand(-1, channels, -1, -1).contiguous(), part.labels) for name, part in parts.items()
-    }
+    return {name: Part(part.x.expand(-1, channels, -1, -1).contiguous(), part.labels) for name, part in parts.items()}

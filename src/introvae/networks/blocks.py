@@ -15,9 +15,7 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # [N, C, H, W]
         channels_last = input.permute(0, 2, 3, 1)
-        return F.layer_norm(
-            channels_last, self.normalized_shape, self.weight, self.bias, self.eps
-        ).permute(0, 3, 1, 2)
+        return F.layer_norm(channels_last, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,7 @@ class ConvEncoder(nn.Module):
         self.stem = nn.Conv2d(shape[0], channels[0], 5, padding=2, bias=norm == "none")
         self.norm = make_norm(norm, channels[0])
         widths = [*channels, channels[-1]]
-        self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in pairwise(widths))
         side = shape[1] >> len(channels)
         self.head = nn.Linear(channels[-1] * side * side, 2 * latent_dim)
 
@@ -38,16 +37,14 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """`z: [N, Z]` to `x: [N, C, S, S]` in [0, 1] (sigmoid): linear, then [residual block, x2] per doubling, 5x5 conv."""
+    """`z: [N, Z]` to `x: [N, C, S, S]` in [0, 1]: linear, [residual block, x2] per doubling, 5x5 conv, sigmoid."""
 
     def __init__(self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str) -> None:
         super().__init__()
         self.side, self.width = shape[1] >> len(channels), channels[-1]
         self.stem = nn.Linear(latent_dim, self.width * self.side**2)
         widths = [channels[-1], *reversed(channels), channels[0]]
-        self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in pairwise(widths))
         self.head = nn.Conv2d(channels[0], shape[0], 5, padding=2)
 
     def forward(self, z: Tensor) -> Tensor:

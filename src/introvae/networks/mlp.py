@@ -1,53 +1,56 @@
-"""Fully connected pair for 2D data and vectors."""
+"""Fully connected pair for 2D data, vectors and small images."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
-from introvae.errors import ConfigError, positive
+from introvae.errors import positive
 
 
 class MLPEncoder(nn.Module):
-    """`x: [N, D]` to mean and log-variance, each `[N, Z]`, through `depth` hidden layers with ReLU."""
+    """`x: [N, ...]`, flattened, to mean and log-variance, each `[N, Z]`, through `depth` hidden layers with ReLU."""
 
-    def __init__(self, dim: int, latent_dim: int, hidden: int, depth: int) -> None:
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, hidden: int, depth: int) -> None:
         super().__init__()
-        self.layers = _mlp(dim, hidden, depth, 2 * latent_dim)
+        self.layers = _mlp(math.prod(shape), hidden, depth, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.layers(x).chunk(2, dim=1)
+        mean, logvar = self.layers(x.flatten(1)).chunk(2, dim=1)
         return mean, logvar
 
 
 class MLPDecoder(nn.Module):
-    """`z: [N, Z]` to `x: [N, D]`; the output is linear."""
+    """`z: [N, Z]` to `x: [N, ...]`: linear output for vectors, a sigmoid's for images."""
 
-    def __init__(self, dim: int, latent_dim: int, hidden: int, depth: int) -> None:
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, hidden: int, depth: int) -> None:
         super().__init__()
-        self.layers = _mlp(latent_dim, hidden, depth, dim)
+        self.shape = shape
+        self.layers = _mlp(latent_dim, hidden, depth, math.prod(shape))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z)
+        x = self.layers(z)
+        return x if len(self.shape) == 1 else torch.sigmoid(x).unflatten(1, self.shape)
 
 
 def build_mlp(
     shape: tuple[int, ...], latent_dim: int, *, hidden: int = 256, depth: int = 3
 ) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder for vectors of `shape` (D,).
+    """Encoder and decoder for vectors of `shape` (D,), or for small images (C, H, W), whose pixels they flatten.
 
     Arguments:
         hidden: width of the hidden layers.
         depth: number of hidden layers.
 
     Raises:
-        ConfigError: the data are no vectors, or a number is not above 0.
+        ConfigError: a number is not above 0.
 
     Source: Soft-IntroVAE (2021), 2D experiments: 3 hidden layers of 256.
     """
-    if len(shape) != 1:
-        raise ConfigError(f"network 'mlp' takes vectors, not images of shape {shape}: use network 'conv'")
     positive(hidden=hidden, depth=depth)
-    return MLPEncoder(shape[0], latent_dim, hidden, depth), MLPDecoder(shape[0], latent_dim, hidden, depth)
+    return MLPEncoder(shape, latent_dim, hidden, depth), MLPDecoder(shape, latent_dim, hidden, depth)
 
 
 def _mlp(inputs: int, hidden: int, depth: int, outputs: int) -> nn.Sequential:

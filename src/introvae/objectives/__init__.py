@@ -21,9 +21,7 @@ __all__ = [
     "list_objectives",
 ]
 
-_OBJECTIVES: dict[str, type[Objective]] = {
-    cls.__name__: cls for cls in (VAE, IntroVAE, SoftIntroVAE, ASIntroVAE)
-}
+_OBJECTIVES: dict[str, type[Objective]] = {cls.__name__: cls for cls in (VAE, IntroVAE, SoftIntroVAE, ASIntroVAE)}
 
 
 def list_objectives() -> list[str]:

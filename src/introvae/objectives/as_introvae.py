@@ -102,15 +102,13 @@ class ASIntroVAE(Objective):
         s, c = self.scale_of(real.x), values["c"]
         posteriors = self._contrasted(real, fakes)
         if self.variant == "official_code":
-            distance = self._distance(*map(_squashed, posteriors), reduction="sum")
+            distance = self._distance(_squashed(posteriors[0]), _squashed(posteriors[1]), reduction="sum")
         else:
             distance = self._distance(*posteriors)
         distance = values["distance_weight"] * distance
         negative_elbo = s * (values["beta_rec"] * real.rec + values["beta_kl"] * real.kl).mean()
         exp_elbo = [
-            (
-                -2 * s * (values["beta_rec"] * f.rec + values["beta_neg"] * (c * f.kl + (1 - c) * distance))
-            ).exp()
+            (-2 * s * (values["beta_rec"] * f.rec + values["beta_neg"] * (c * f.kl + (1 - c) * distance))).exp()
             for f in fakes
         ]
         return negative_elbo + 0.5 * mean_over_fakes(exp_elbo)
@@ -121,14 +119,16 @@ class ASIntroVAE(Objective):
         judged = [fake.posterior for fake in fakes]
         half = 1.0
         if self.variant == "official_code":
-            posteriors, judged, half = map(_squashed, posteriors), [_squashed(q) for q in judged], 0.5
+            posteriors, judged, half = (
+                (_squashed(posteriors[0]), _squashed(posteriors[1])),
+                [_squashed(q) for q in judged],
+                0.5,
+            )
         distance = half * values["distance_weight"] * self._distance(*posteriors)
         adversarial = c * mean_over_fakes([q.kl() for q in judged]) + (1 - c) * distance
         return s * (values["beta_rec"] * real.rec.mean() + values["beta_kl"] * adversarial)
 
-    def _contrasted(
-        self, real: Judged, fakes: tuple[Judged, ...]
-    ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+    def _contrasted(self, real: Judged, fakes: tuple[Judged, ...]) -> tuple[DiagonalGaussian, DiagonalGaussian]:
         reconstruction, sample = fakes
         first = real if self.contrast == "real-sample" else reconstruction
         return first.posterior, sample.posterior

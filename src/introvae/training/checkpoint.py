@@ -49,6 +49,7 @@ def load_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no checkpoint of a run: {remedy}")
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {state.get('format')}, this version reads {FORMAT}: resume with the version that made it"
+            f"{path} has format {state.get('format')}, this version reads {FORMAT}: "
+            "resume with the version that made it"
         )
     return state

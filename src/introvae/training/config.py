@@ -98,7 +98,8 @@ class FitConfig:
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
             raise ConfigError("lr_milestones and lr_schedule='milestones' go together: give both or neither")
         shares = {f"lr_milestones[{i}]": share for i, share in enumerate(self.lr_milestones)}
-        for name, share in {**shares, "ema": self.ema, **dict(zip(("beta1", "beta2"), self.adam_betas, strict=True))}.items():
+        shares |= {f"adam_betas[{i}]": beta for i, beta in enumerate(self.adam_betas)}
+        for name, share in {**shares, "ema": self.ema}.items():
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}: it must be at least 0 and below 1")
 
@@ -134,7 +135,7 @@ class FitConfig:
 @cache
 def config_parser() -> ArgumentParser:
     """The parser that reads a `FitConfig` from options, YAML or both."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_argument("--settings", action=ActionConfigFile, help="a YAML file of these settings")

@@ -24,7 +24,9 @@ def averaged(model: IntrospectiveVAE, decay: float) -> AveragedModel:
         average: list[Tensor] | tuple[Tensor, ...], new: list[Tensor] | tuple[Tensor, ...], updates: Tensor | int
     ) -> None:
         t = int(updates)
-        torch._foreach_lerp_(list(average), list(new), 1 - min(decay, (1 + t) / (10 + t)))
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(average), list(new), 1 - min(decay, (1 + t) / (10 + t))
+        )
 
     follower = AveragedModel(model, multi_avg_fn=move)
     follower.module.requires_grad_(False)

@@ -46,11 +46,11 @@ class Step(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Interrupted(RunError):
+class InterruptedRunError(RunError):
     """The run was stopped by Ctrl-C or a termination signal; its state was saved."""
 
 
-class Diverged(RunError):
+class DivergedError(RunError):
     """The losses or weights are no longer finite."""
 
 
@@ -78,7 +78,7 @@ def fit(
         The run; `run.model()` is the trained model.
 
     Raises:
-        IntrovaeError: a setting, the data or the run folder will not do; `Interrupted` after Ctrl-C, state saved.
+        IntrovaeError: a setting, the data or the run folder will not do; `InterruptedRunError` after Ctrl-C, state saved.
 
     Example:
         >>> import tempfile
@@ -214,8 +214,8 @@ class Trainer:
         """Run to the end; the model is saved there.
 
         Raises:
-            Interrupted: after Ctrl-C or a termination signal; the state is saved.
-            Diverged: a loss is no longer finite; nothing of it is saved.
+            InterruptedRunError: after Ctrl-C or a termination signal; the state is saved.
+            DivergedError: a loss is no longer finite; nothing of it is saved.
         """
         from tqdm import tqdm
 
@@ -243,7 +243,7 @@ class Trainer:
                     self._picture(run, f"step_{done:08d}.png")
                 if stopped.is_set() and done < self.steps:
                     self._save(run)
-                    raise Interrupted(
+                    raise InterruptedRunError(
                         f"stopped after step {done} of {self.steps}, state saved: "
                         f"go on with introvae fit --resume {run.folder}"
                     )
@@ -299,7 +299,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
             checkpoints = list_checkpoints(run.checkpoints)
             kept = f"; the last good state is {checkpoints[-1]}" if checkpoints else ""
-            raise Diverged(
+            raise DivergedError(
                 f"the losses are not finite at step {self.step_index} (rec {row['rec']:.4g}, KL(real) "
                 f"{row['kl_real']:.4g}): lower lr, or raise beta_neg or warmup.steps{kept}"
             )
@@ -369,7 +369,9 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
         small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
         latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
     if config.objective.batch_coupled and config.batch_size < 2:
-        raise ConfigError(f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1")
+        raise ConfigError(
+            f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1"
+        )
     network = network_for(data.shape) if config.network == "auto" else config.network
     return dataclasses.replace(config, steps=steps, epochs=None, latent_dim=latent_dim, network=network)
 
