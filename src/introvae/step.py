@@ -142,7 +142,7 @@ class IntrospectiveStep:
             fakes.detach(), latents.detach(), noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else ""
         )
         loss_encoder = objective.encoder_loss(real, judged, values)
-        (into_z,) = torch.autograd.grad(loss_encoder, leaf, retain_graph=self.share)
+        (into_z,) = torch.autograd.grad(loss_encoder, leaf, retain_graph=True)
         # ... and from there goes into the encoder, together with all its other terms, in one backward pass.
         (loss_encoder + (z * into_z).sum()).backward(inputs=self.encoder_params)
         record = _record(real, judged, loss_encoder, None)
