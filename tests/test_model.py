@@ -115,7 +115,7 @@ def test_conv_refuses_other_shapes_and_says_which_are_possible(shape) -> None:
         ({"channels": []}, "give 1 to 2"),
         ({"channels": [0]}, r"channels\[0\] is 0"),
         ({"norm": "spectral"}, "layer, group, batch, none"),
-        ({"widths": [4]}, "unknown option of network 'conv' 'widths': choose one of channels, norm"),
+        ({"widths": [4]}, "unknown option of network 'conv' 'widths': choose one of channels, width, norm"),
     ],
 )
 def test_conv_refuses_bad_options(options, message) -> None:

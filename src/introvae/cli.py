@@ -91,6 +91,8 @@ def _fit(words: list[str]) -> None:
         print(settings.config_parser().format_help().split("\n\n", 1)[1])
         return
     own, rest = parser.parse_known_args(words)
+    if any(word.split("=")[0] == "--epochs" for word in rest):
+        rest = ["--steps=null", *rest]  # a recipe's steps give way
     if own.resume:
         found = Run.open(own.resume).config()
         wanted = settings.parse_config(rest, [Run(Path(own.resume)).config_path])

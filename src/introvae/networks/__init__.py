@@ -64,6 +64,7 @@ def build_network(
         ConfigError: an unknown name or option, or a shape that the network cannot take.
 
     Example:
+        >>> import torch
         >>> encoder, decoder = build_network("conv", (1, 28, 28), latent_dim=32, options={"channels": [8, 16]})
         >>> decoder(encoder(torch.rand(2, 1, 28, 28))[0]).shape
         torch.Size([2, 1, 28, 28])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from introvae.errors import not_negative, positive
+from introvae.errors import ConfigError, not_negative, positive
 from introvae.gaussian import DiagonalGaussian
 
 Values = Mapping[str, Tensor]
@@ -106,9 +106,10 @@ class Warmup:
         steps: number of steps, 0 for none.
         beta_rec: weight of the squared error, without unit.
         beta_kl: weight of the KL, without unit.
+        share: number of steps as a share of the run's, in [0, 1), instead of `steps`.
 
     Raises:
-        ConfigError: a setting is negative.
+        ConfigError: a setting is out of range, or steps and share are both given.
 
     Source: `num_vae` in Soft-IntroVAE's code; IntroVAE (2018), Sec. 4.1 and App. D.
     """
@@ -116,10 +117,19 @@ class Warmup:
     steps: int = 0
     beta_rec: float = 1.0
     beta_kl: float = 1.0
+    share: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"warmup.share is {self.share}: it must be at least 0 and below 1")
+        if self.steps and self.share:
+            raise ConfigError("warmup.steps and warmup.share are both given: give one of them")
         not_negative(**{"warmup.steps": self.steps, "warmup.beta_kl": self.beta_kl})
         positive(**{"warmup.beta_rec": self.beta_rec})
+
+    def resolved(self, steps: int) -> Warmup:
+        """The same with its number of steps in a run of `steps`."""
+        return replace(self, steps=round(self.share * steps), share=0.0) if self.share else self
 
     def loss(self, real: Judged, scale: float) -> Tensor:
         """Mean over the batch of scale * (beta_rec * rec + beta_kl * KL); a scalar."""

@@ -220,11 +220,12 @@ def recipe_path(name: str) -> Path:
 
 
 def recommended_recipe(data: str, objective: str) -> str | None:
-    """Name of the recommended recipe for this data and objective, or None.
+    """Name of the recommended recipe for this data and objective, or None; "images-..." for files and arrays.
 
     Example:
         >>> recommended_recipe("density:8gaussians", "SoftIntroVAE")
         '8gaussians-softintrovae'
     """
-    name = f"{data.removeprefix('density:')}-{objective.lower()}"
+    kind = data.removeprefix("density:") if data.startswith("density:") or data == "digits" else "images"
+    name = f"{kind}-{objective.lower()}"
     return name if name in list_recipes() else None

@@ -78,7 +78,8 @@ def fit(
         The run; `run.model()` is the trained model.
 
     Raises:
-        IntrovaeError: a setting, the data or the run folder will not do; `InterruptedRunError` after Ctrl-C, state saved.
+        IntrovaeError: a setting, the data or the run folder will not do.
+        InterruptedRunError: Ctrl-C or a termination signal; the state is saved.
 
     Example:
         >>> import tempfile
@@ -362,8 +363,9 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
     elif isinstance(data, ArrayData):
         data.steps_per_epoch(config.batch_size)
     steps = steps or DEFAULT_STEPS
-    if config.warmup.steps >= steps and config.objective.adversarial:
-        raise ConfigError(f"warmup.steps {config.warmup.steps} leaves nothing of the {steps} steps: lower it")
+    warmup = config.warmup.resolved(steps)
+    if warmup.steps >= steps and config.objective.adversarial:
+        raise ConfigError(f"warmup.steps {warmup.steps} leaves nothing of the {steps} steps: lower it")
     latent_dim = config.latent_dim
     if latent_dim is None:
         small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
@@ -373,7 +375,9 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
             f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1"
         )
     network = network_for(data.shape) if config.network == "auto" else config.network
-    return dataclasses.replace(config, steps=steps, epochs=None, latent_dim=latent_dim, network=network)
+    return dataclasses.replace(
+        config, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
+    )
 
 
 def pick_device(name: str) -> torch.device:
