@@ -3,35 +3,31 @@
     python examples/headline.py                  # about a quarter of an hour on two cores
     python examples/headline.py --steps 200      # a look at what it does
 
-Each model is trained with the package's recommended recipe (`introvae recipes`); finished runs in --runs are used again.
+Each model is trained with a recipe of the package (`introvae recipes`); finished runs in --runs are used again.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
 import introvae
 from introvae.pictures import image_grid
-from introvae.training.loop import config_for
 
 DATA = {"density:8gaussians": "8 Gaussians", "digits": "handwritten digits, 8 x 8 pixels"}
-OBJECTIVES = {"VAE": introvae.VAE(), "Soft-IntroVAE": introvae.SoftIntroVAE()}
+OBJECTIVES = {"VAE": "vae", "Soft-IntroVAE": "softintrovae"}
 
 
 def trained(data: str, title: str, folder: Path, steps: int | None) -> introvae.Run:
     """The run of one objective on one data set, trained now unless it is in the folder."""
-    name = type(OBJECTIVES[title]).__name__
-    run = folder / f"{data.removeprefix('density:')}-{name.lower()}"
+    run = folder / f"{data.removeprefix('density:')}-{OBJECTIVES[title]}"
     if (run / "model" / "config.json").is_file():
         return introvae.Run.open(run)
-    config = config_for(run.name, {"out": str(run)})
-    if steps:
-        config = replace(config, steps=steps, warmup=replace(config.warmup, steps=steps // 10))
-    print(f"{title} on {data}: {config.steps} steps")
-    return introvae.fit(config)
+    print(f"training {title} on {data} in {run}")
+    shorter: dict[str, Any] = {"steps": steps} if steps else {}
+    return introvae.fit(recipe=run.name, out=str(run), **shorter)
 
 
 def draw_points(axis, points: torch.Tensor) -> None:
@@ -55,10 +51,10 @@ def main() -> None:
     for row, (data_name, label) in zip(axes, DATA.items(), strict=True):
         data = introvae.load_data(data_name)
         generator = torch.Generator().manual_seed(0)
-        if data_name == "digits":
-            draw, n, real = draw_images, 64, data.heldout.tensor()[:64]
-        else:
+        if isinstance(data, introvae.DensityData):
             draw, n, real = draw_points, 4000, data.density.sample(4000, generator)
+        else:
+            draw, n, real = draw_images, 64, data.heldout.tensor()[:64]
         draw(row[0], real)
         row[0].set_title("real", fontsize=10)
         row[0].set_ylabel(label, fontsize=10)

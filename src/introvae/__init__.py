@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from introvae.data import from_array, load_data
+    from introvae.data import ArrayData, DensityData, from_array, load_data
     from introvae.errors import CheckpointError, ConfigError, DataError, IntrovaeError, RunError
     from introvae.evaluation import evaluate
     from introvae.gaussian import DiagonalGaussian
@@ -27,9 +27,11 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "ASIntroVAE",
+    "ArrayData",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DensityData",
     "DiagonalGaussian",
     "FitConfig",
     "IntroVAE",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "introvae.data": ("from_array", "load_data"),
+    "introvae.data": ("ArrayData", "DensityData", "from_array", "load_data"),
     "introvae.errors": ("CheckpointError", "ConfigError", "DataError", "IntrovaeError", "RunError"),
     "introvae.evaluation": ("evaluate",),
     "introvae.gaussian": ("DiagonalGaussian",),

@@ -375,9 +375,7 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
             f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1"
         )
     network = network_for(data.shape) if config.network == "auto" else config.network
-    return dataclasses.replace(
-        config, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
-    )
+    return dataclasses.replace(config, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network)
 
 
 def pick_device(name: str) -> torch.device:
