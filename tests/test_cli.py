@@ -366,6 +366,32 @@ def test_epochs_override_the_steps_of_a_recipe(command: Command, tmp_path: Path)
     assert yaml.safe_load(said.out.partition("\ndevice: ")[0])["steps"] == 28  # 14 batches of 100 in 1,437 digits
 
 
+def test_warmup_steps_override_the_share_of_a_recipe(command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: density:rings\nnetwork: tiny-mlp\nsteps: 500\nwarmup: {share: 0.5, beta_kl: 0.125}\n")
+    for words, steps in (([], 250), (["--warmup.steps", 3], 3), (["--warmup.share", 0.1], 50)):
+        said = command("fit", "--recipe", recipe, *words, "--dry-run")
+        assert said.code == 0, said.err
+        warmup = yaml.safe_load(said.out.partition("\ndevice: ")[0])["warmup"]
+        assert (warmup["steps"], warmup["beta_kl"]) == (steps, 0.125)
+
+
+def test_another_network_does_without_the_recipe_s_network_options(command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: digits\nnetwork: mlp\nnetwork_options: {hidden: 32}\nsteps: 5\n")
+    said = command("fit", "--recipe", recipe, "--network", "tiny-conv", "--dry-run")
+    assert said.code == 0, said.err
+    resolved = yaml.safe_load(said.out.partition("\ndevice: ")[0])
+    assert (resolved["network"], resolved["network_options"]) == ("tiny-conv", {})
+
+
+def test_vectors_train_with_no_setting_but_their_file(command: Command, tmp_path: Path) -> None:
+    data = save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(99, 5)).astype(np.float32))
+    said = command("fit", "--data", data, "--dry-run")
+    assert said.code == 0, said.err
+    assert yaml.safe_load(said.out.partition("\ndevice: ")[0])["network"] == "mlp"
+
+
 def test_the_config_of_a_run_is_a_recipe_that_repeats_it(command: Command, plane: Run, tmp_path: Path) -> None:
     said = command("fit", "--quiet", "--recipe", plane.config_path, "--out", tmp_path / "again")
     assert said.code == 0, said.err
@@ -555,6 +581,9 @@ def test_evaluate_takes_other_data_of_the_same_shape(command: Command, digits: R
         ("--epochs 2", "steps epochs"),
         ("--warmup.steps 3", "warmup.steps 3 lower"),
         ("--warmup.steps 100", "warmup.steps 100 lower"),
+        ("--warmup.share 1", "warmup.share 1"),
+        ("--warmup.share -0.1", "warmup.share -0.1"),
+        ("--warmup.share 0.5 --warmup.steps 1", "warmup.share warmup.steps"),
         ("--objective ASIntroVAE --batch-size 1", "batch_size"),
         ("--network conv", "conv (2,) 1 or 3 channels"),
         ("--out", "--out"),
@@ -769,7 +798,6 @@ CHANGES: dict[str, tuple[Callable[[dict], object], str]] = {
     "another generator": (lambda state: state.update(noise=torch.zeros(3, dtype=torch.uint8)), ""),
     "no position": (lambda state: state.update(batches={}), ""),
     "another value": (lambda state: state.update(controller={"values": {"foo": 1.0}}), "foo"),
-    "no seconds": (lambda state: state.update(seconds=None), ""),
     "no step": (lambda state: state.update(step="three"), ""),
     "another format": (lambda state: state.update(format=99), "99"),
     "nothing": (lambda state: state.clear(), ""),
@@ -936,8 +964,8 @@ def test_points_cannot_be_written_as_single_pictures(refused: Refused, plane: Ru
 def test_reconstruct_refuses_what_is_no_image_of_its_size(refused: Refused, digits: Run, tmp_path: Path) -> None:
     Image.new("L", (9, 7)).save(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("hello")
-    Image.new("L", (8, 8)).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-20])
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:80])
     for name, word in (("wide", "9 x 7"), ("text", "image"), ("cut", "cut.png"), ("missing", "missing.png")):
         path = tmp_path / f"{name}.png"
         message = refused("reconstruct", digits.folder, path, "-o", tmp_path / "y.npy")

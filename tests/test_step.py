@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import textbook
-from introvae import VAE, ASIntroVAE, IntroVAE, IntrospectiveStep, IntrospectiveVAE, Noise, SoftIntroVAE, Warmup
+from introvae import VAE, ASIntroVAE, IntrospectiveStep, IntrospectiveVAE, IntroVAE, Noise, SoftIntroVAE, Warmup
 from introvae.errors import ConfigError, DataError
 
 LR, BETAS = 0.01, (0.9, 0.999)

@@ -162,10 +162,14 @@ def _reconstruction(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
     kl = _batched(lambda part: model.encode(part).kl(), x, model)
     protocol = f"{len(x)} held-out images, z = mode, evaluation mode, averaged weights; mean and std over images"
     sigma = reconstruction.ssim_sigma(min(x.shape[2:]))
+    window = f"Gaussian window with sigma {sigma}, all pixels, mirrored border"
     values = {
         "mse": (reconstruction.mse(x, y), protocol),
         "psnr_db": (reconstruction.psnr_db(x, y), protocol),
-        "ssim": (reconstruction.ssim(x, y), f"{protocol}; Gaussian window with sigma {sigma}"),
+        "ssim": (
+            reconstruction.ssim(x, y),
+            f"{protocol}; {window}",
+        ),
         "kl_real_nats": (kl, protocol),
     }
     return {name: _entry(value.tolist(), len(x), text) for name, (value, text) in values.items()}
@@ -190,6 +194,9 @@ def _samples(model: IntrospectiveVAE, data: ArrayData, generator: torch.Generato
         name: _entry([score[i] for score in scores], n, protocol, floor=floor[i])
         for i, name in enumerate(("precision_pixels", "recall_pixels"))
     }
+    if reference.labels is None:
+        return found
+    reference = reference[reference.labels >= 0]  # -1: not labelled
     if reference.labels is None or len(reference.labels.unique()) < 2:
         return found
     judge = classifier.PixelClassifier.fit(reference.tensor(), reference.labels)

@@ -91,8 +91,9 @@ def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
     path = Path(name).expanduser()
     if path.suffix == ".npy" and path.is_file():
         try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            with open(path, "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{path} cannot be read as an array: {error}") from error
         return from_array(array, name=name)
     if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):

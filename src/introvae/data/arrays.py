@@ -125,7 +125,7 @@ def from_array(
         >>> data.shape, len(data.train), len(data.heldout)
         ((1, 8, 8), 90, 10)
     """
-    x = torch.as_tensor(x)
+    x = _as_tensor(x, name)
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim not in (2, 4) or len(x) < 2 or 0 in x.shape:
@@ -145,8 +145,18 @@ def from_array(
     return ArrayData(name, train, heldout)
 
 
+def _as_tensor(x: Tensor | np.ndarray, name: str) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    x = np.asarray(x)
+    try:  # torch takes no flipped, read-only or foreign-endian arrays
+        return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError as error:
+        raise DataError(f"{name} holds {x.dtype} values: give images as uint8 or float in [0, 1]") from error
+
+
 def _checked(x: Tensor, name: str) -> Tensor:
-    bad = int((~x.isfinite()).sum())
+    bad = int((~x.float().isfinite()).sum())  # as float32, in which the model takes them
     if bad:
         raise DataError(f"{name} holds {bad} NaN or infinite values: remove or fill them")
     if x.ndim == 2:

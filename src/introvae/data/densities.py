@@ -73,7 +73,7 @@ def _checkerboard_log_prob(x: Tensor) -> Tensor:
     # Eight squares of side 2 in [-4, 4]^2: the ones whose column and row have the same parity.
     cell = (x / 2).floor()
     inside = ((x >= -4) & (x < 4)).all(dim=1) & (cell.sum(dim=1) % 2 == 0)
-    return torch.where(inside, -math.log(32.0), -math.inf).to(x.dtype)
+    return torch.where(inside, x.new_tensor(-math.log(32.0)), x.new_tensor(-math.inf))
 
 
 def _rings(n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import torch
 from introvae.data.arrays import ArrayData, Part, split
 from introvae.errors import DataError
 
-COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr", "LA")
-GREY_MODES = ("L", "1")
+COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+GREY_MODES = ("L", "1", "LA")
 HELDOUT_SPLITS = ("test", "validation")
 
 
@@ -37,19 +39,19 @@ def load_digits() -> ArrayData:
 def load_parquet(path: Path) -> ArrayData:
     """Images of a Parquet file, or of a folder of them, in the `datasets` image convention.
 
-    A split named test or validation is the held-out part; without one, a tenth is held out. The images are decoded
-    once and kept as uint8. Grey stays grey; where any image has colour, all become RGB.
+    Beside a training split, one named test (or else validation) is the held-out part; without one, a tenth is held out.
+    The images are decoded once and kept as uint8. Grey stays grey; where any image has colour, all become RGB.
 
     Raises:
         DataError: no image column, unreadable files, images of several sizes or of a kind that cannot be converted.
     """
     import datasets
 
-    files: dict[str, Any] = {"data_files": str(path)} if path.is_file() else {"data_dir": str(path)}
-    bars = datasets.is_progress_bar_enabled()
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says what is wrong
     try:
-        parts: Any = datasets.load_dataset("parquet", streaming=True, **files)
+        parts: Any = datasets.load_dataset("parquet", streaming=True, data_files=_files(path))
         features = next(iter(parts.values())).features
         column, label = _columns(features or {}, path)
         decoded = {name: _decode(part, column, label, path) for name, part in parts.items()}
@@ -59,19 +61,31 @@ def load_parquet(path: Path) -> ArrayData:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{path} cannot be read as Parquet images: {reason[0]}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
     decoded = _alike(decoded, path)
-    heldout = next((decoded.pop(name) for name in HELDOUT_SPLITS if name in decoded and len(decoded) > 1), None)
+    held = [decoded.pop(name) for name in HELDOUT_SPLITS if name in decoded and "train" in decoded]
     labelled = all(part.labels is not None for part in decoded.values())
     train = Part(
         torch.cat([part.x for part in decoded.values()]),
         torch.cat([part.labels for part in decoded.values()]) if labelled else None,  # pyright: ignore
     )
-    if heldout is None:
-        train, heldout = split(train, seed=0)
+    train, heldout = (train, held[0]) if held else split(train, seed=0)
     names = getattr(features.get(label), "names", None) if label else None
     return ArrayData(str(path), train, heldout, tuple(names or ()))
+
+
+def _files(path: Path) -> dict[str, list[str]]:
+    """The Parquet files by split, from the words in their names; as literal names, not as patterns."""
+    if path.is_file():
+        return {"train": [glob.escape(str(path))]}
+    found: dict[str, list[str]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        words = re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower())
+        name = next((split for split in HELDOUT_SPLITS if split in words), "train")
+        found.setdefault(name, []).append(glob.escape(str(file)))
+    return found
 
 
 def _columns(features: dict[str, Any], path: Path) -> tuple[str, str | None]:
@@ -96,6 +110,8 @@ def _decode(rows: Iterable[dict[str, Any]], column: str, label: str | None, path
             raise DataError(f"{path}: row {index} has no image")
         if image.mode not in GREY_MODES + COLOUR_MODES:
             raise DataError(f"{path}: the image in row {index} has mode {image.mode}: convert it to 8-bit grey or RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # straight to RGB would warn
         array = np.asarray(image.convert("L" if image.mode in GREY_MODES else "RGB"))
         if images and array.shape[:2] != images[0].shape[:2]:
             raise DataError(
@@ -104,7 +120,10 @@ def _decode(rows: Iterable[dict[str, Any]], column: str, label: str | None, path
             )
         images.append(array)
         if label is not None:
-            labels.append(-1 if row[label] is None else int(row[label]))
+            value = row[label]
+            if not (value is None or isinstance(value, int)):
+                raise DataError(f"{path}: the label in row {index} is {value!r}: give class indices or ClassLabel")
+            labels.append(-1 if value is None else value)
     if len(images) < 2:
         raise DataError(f"{path} holds {len(images)} images: give at least two")
     if len({image.ndim for image in images}) > 1:

@@ -19,14 +19,19 @@ def histogram(x: Tensor, extent: float, bins: int = BINS) -> Tensor:
     Raises:
         DataError: x is not `[N, 2]` or holds NaN.
     """
-    if x.ndim != 2 or x.shape[1] != 2:
-        raise DataError(f"a 2D histogram takes points of shape [N, 2], not {tuple(x.shape)}")
-    if x.isnan().any():
-        raise DataError("the points hold NaN: the model that made them has diverged")
+    _check_points(x)
     x = x.double().cpu()
     x = x[((x >= -extent) & (x <= extent)).all(dim=1)]
     cell = ((x + extent) * (bins / (2 * extent))).long().clamp(max=bins - 1)
     return torch.bincount(cell[:, 0] * bins + cell[:, 1], minlength=bins * bins).view(bins, bins).double()
+
+
+def _check_points(*sets: Tensor) -> None:
+    for x in sets:
+        if x.ndim != 2 or x.shape[1] != 2:
+            raise DataError(f"points have shape [N, 2], not {tuple(x.shape)}")
+        if x.isnan().any():
+            raise DataError("the points hold NaN: the model that made them has diverged")
 
 
 def soft_introvae_kl_jsd(real: Tensor, fake: Tensor, extent: float) -> tuple[float, float]:
@@ -88,6 +93,7 @@ def mode_coverage(x: Tensor, modes: Tensor, sigma: float) -> tuple[int, float]:
         modes: centres `[K, 2]`.
         sigma: standard deviation per axis. A perfect sampler has 1 - exp(-9/2) = 98.9 % within 3 sigma.
     """
+    _check_points(x)
     distance, nearest = torch.cdist(x.double().cpu(), modes.double()).min(dim=1)
     near = distance < 3 * sigma
     counts = torch.bincount(nearest[near], minlength=len(modes))
@@ -100,6 +106,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
     Source: Szekely & Rizzo 2013, Eq. 2.1 as a U-statistic.
     """
+    _check_points(x, y)
     x, y = x.double().cpu(), y.double().cpu()
     within = [torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)) for a in (x, y)]
     return (2 * torch.cdist(x, y).mean() - within[0] - within[1]).item()

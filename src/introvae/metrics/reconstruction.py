@@ -25,7 +25,8 @@ def psnr_db(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of each image `[N, C, H, W]`, `[N]`, at most 1.
 
-    The Gaussian window has the usual sigma of 1.5 (11 pixels wide); images under 16 pixels get `ssim_sigma`'s.
+    The Gaussian window has the usual sigma of 1.5 (11 pixels wide); images under 16 pixels get `ssim_sigma`'s. The mean
+    is over all pixels, with a mirrored border (the original leaves the border out; small images would vanish).
 
     Source: Wang et al. 2004, as computed by torchmetrics.
 
