@@ -88,6 +88,8 @@ def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
         from introvae.data.images import load_digits
 
         return load_digits()
+    if name == "array":
+        raise DataError("the run's data were an array in memory: give it again, as data=...")
     path = Path(name).expanduser()
     if path.suffix == ".npy" and path.is_file():
         try:

@@ -92,12 +92,14 @@ def fit(
         settings["data"], data = str(data), None
     if data is not None:
         data = load_data(data)
-        settings.setdefault("data", data.name)
+        settings["data"] = data.name
     if resume is not None:
         return resume_fit(resume, config, data=data, progress=progress, **settings)
     if config is None:
         config = config_for(recipe, settings)
-    elif settings and set(settings) != {"data"}:
+    elif settings.keys() <= {"data"}:
+        config = dataclasses.replace(config, **settings)
+    else:
         raise ConfigError("give either a config or single settings, not both")
     trainer = Trainer(config, data)
     run = Run.create(Path(config.out) if config.out else default_folder(config), trainer.config)
