@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from introvae.errors import ConfigError, DataError, IntrovaeError
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from introvae.training.config import FitConfig
+    from introvae.training.loop import Trainer
     from introvae.training.run import Run
 
 HELP = """usage: introvae COMMAND [OPTIONS]
@@ -47,26 +48,29 @@ Words in option names may be joined by - or _. --objective.help NAME lists the s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after one clear line on standard error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    if words[0] == "--version":
-        from introvae import __version__
-
-        print(f"introvae {__version__}")
-        return 0
     try:
-        if words[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {words[0]!r}: choose one of {', '.join(COMMANDS)}")
-        COMMANDS[words[0]](words[1:])
+        _run(words)
+        sys.stdout.flush()
     except IntrovaeError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted; a run keeps its newest checkpoint: introvae fit --resume RUN goes on from there")
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # `introvae ... | head`: nothing more can be said there, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif words[0] == "--version":
+        from introvae import __version__
+
+        print(f"introvae {__version__}")
+    elif words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
+    else:
+        raise ConfigError(f"unknown command {words[0]!r}: choose one of {', '.join(COMMANDS)}")
 
 
 def _fail(message: str) -> int:
@@ -76,7 +80,7 @@ def _fail(message: str) -> int:
 
 def _fit(words: list[str]) -> None:
     from introvae.training import config as settings
-    from introvae.training.loop import Trainer, fit, resume_fit
+    from introvae.training.loop import Trainer, fit, resumable, resume_fit
     from introvae.training.run import Run
 
     words = [_underscored(word) for word in words]
@@ -89,21 +93,22 @@ def _fit(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(parser.format_help())
         print(settings.config_parser().format_help().split("\n\n", 1)[1])
-        return
+        return None
     own, rest = parser.parse_known_args(words)
-    if any(word.split("=")[0] == "--epochs" for word in rest):
-        rest = ["--steps=null", *rest]  # a recipe's steps give way
     if own.resume:
-        found = Run.open(own.resume).config()
-        wanted = settings.parse_config(rest, [Run(Path(own.resume)).config_path])
-        run = resume_fit(own.resume, wanted, progress=not own.quiet) if not own.dry_run else _dry(found, Trainer)
+        started = Run.open(own.resume)
+        started.config()  # what is wrong in the file is said of the file
+        wanted = settings.parse_config(rest, [started.config_path])
+        if own.dry_run:
+            return _show(resumable(started, wanted))
+        run = resume_fit(own.resume, wanted, progress=not own.quiet)
     else:
         config = settings.parse_config(rest, _recipe(own.recipe, rest))
-        run = _dry(config, Trainer) if own.dry_run else fit(config, progress=not own.quiet)
-    if run is not None:
-        print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
-        if own.evaluate:
-            _report(run)
+        if own.dry_run:
+            return _show(Trainer(config))
+        run = fit(config, progress=not own.quiet)
+    print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
+    return _report(run) if own.evaluate else None
 
 
 def _recipe(name: str, words: list[str]) -> list[Path]:
@@ -113,11 +118,13 @@ def _recipe(name: str, words: list[str]) -> list[Path]:
     if name == "auto":
         bare = settings.parse_config(words)
         name = settings.recommended_recipe(bare.data, type(bare.objective).__name__) or "none"
-    return [] if name == "none" else [settings.recipe_path(name)]
+    if name == "none":
+        return []
+    settings.load_config(path := settings.recipe_path(name))  # what is wrong in the file is said of the file
+    return [path]
 
 
-def _dry(config: FitConfig, trainer_class: Callable[[FitConfig], Any]) -> None:
-    trainer = trainer_class(config)
+def _show(trainer: Trainer) -> None:
     print(trainer.config.to_yaml(), end="")
     print(f"\ndevice: {trainer.device}")
     print(f"data: {trainer.data.name}, samples of shape {trainer.data.shape}")
@@ -136,7 +143,12 @@ def _evaluate(words: list[str]) -> None:
     parser.add_argument("--metrics", default="", help="names of the ones to report, joined by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     own = parser.parse_args(words)
-    _report(Run.open(own.run), data=own.data, metrics=[m for m in own.metrics.split(",") if m], seed=own.seed)
+    _report(
+        Run.open(own.run),
+        data=own.data,
+        metrics=[m.strip() for m in own.metrics.split(",") if m.strip()],
+        seed=own.seed,
+    )
 
 
 def _report(run: Run, **options: Any) -> None:
@@ -201,15 +213,17 @@ def _reconstruct(words: list[str]) -> None:
 def _read_image(path: Path, shape: tuple[int, ...]) -> Any:
     import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from introvae.data.images import to_eight_bit
 
     if len(shape) != 3:
-        raise DataError(f"the model takes vectors of shape {shape}, not images")
+        raise DataError(f"the model takes vectors of shape {shape}, not images: use a model of images")
     try:
         with Image.open(path) as image:
-            array = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+            array = np.asarray(to_eight_bit(image, str(path)).convert("L" if shape[0] == 1 else "RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: SyntaxError for a broken PNG
+        raise DataError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from error
     if array.shape[:2] != shape[1:]:
         raise DataError(
             f"{path} is {array.shape[1]} x {array.shape[0]} pixels, the model takes {shape[2]} x {shape[1]}: resize it"
@@ -227,6 +241,8 @@ def _write(x: Any, output: Path, names: list[str], columns: int | None = None) -
     from introvae.files import write_atomically
     from introvae.pictures import image_grid, plane_figure, save_picture, to_pil
 
+    if not str(output).strip("."):
+        raise ConfigError("the output has no name: give FILE.png, FILE.npy or a folder")
     try:
         if output.suffix == ".npy":
             buffer = io.BytesIO()
@@ -243,7 +259,7 @@ def _write(x: Any, output: Path, names: list[str], columns: int | None = None) -
             kinds = "FILE.png, FILE.npy or a folder" if x.ndim == 4 else "FILE.npy (or FILE.png in the plane)"
             raise ConfigError(f"cannot write {output}: give {kinds}")
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error}") from error
+        raise ConfigError(f"{output} cannot be written ({error}): choose another -o") from error
     return output
 
 

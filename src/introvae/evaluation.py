@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Data, Density, DensityData, load_data
-from introvae.errors import DataError, unknown
+from introvae.errors import DataError, RunError, unknown
 from introvae.files import write_atomically
 from introvae.metrics import classifier, histogram, manifold, reconstruction
 from introvae.model import IntrospectiveVAE
@@ -52,7 +52,9 @@ def evaluate(
     config, model = run.config(), run.model()
     loaded = load_data(config.data if data is None else data)
     if loaded.shape != model.shape:
-        raise DataError(f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}")
+        raise DataError(
+            f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}: give data of that shape"
+        )
     found = measure(model, loaded, seed)
     for name in metrics:
         if name not in found:
@@ -66,8 +68,11 @@ def evaluate(
         "training_seconds": run.log()[-1]["seconds"] if run.log() else None,
         "metrics": {name: found[name] for name in metrics or found},
     }
-    write_atomically(run.report_path, (json.dumps(report, indent=2) + "\n").encode())
-    preview(model, loaded, run.images / "evaluation.png")
+    try:
+        write_atomically(run.report_path, (json.dumps(report, indent=2) + "\n").encode())
+        preview(model, loaded, run.images / "evaluation.png")
+    except OSError as error:
+        raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
     return report
 
 

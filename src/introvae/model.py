@@ -198,15 +198,19 @@ class IntrospectiveVAE(nn.Module):
         folder = _fetch(source, revision)
         config = _read_config(folder / "config.json")
         try:
-            model = cls.build(
-                tuple(config["shape"]),
-                config["network"],
-                config["latent_dim"],
-                data=config["data"],
-                **config["options"],
-            )
-        except (ConfigError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} describes no known model: {error}") from error
+            with torch.random.fork_rng(devices=[]):
+                model = cls.build(
+                    tuple(config["shape"]),
+                    config["network"],
+                    config["latent_dim"],
+                    data=config["data"],
+                    **config["options"],
+                )
+        except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes no known model ({error}): restore it from a copy, or register its "
+                "network first"
+            ) from error
         path = folder / "model.safetensors"
         try:
             tensors = load_file(path)
@@ -222,12 +226,14 @@ def check_state(found: dict[str, Tensor], expected: dict[str, Tensor], path: str
     for problem, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-            raise CheckpointError(f"{path} {problem} weights ({listed}): it belongs to another network")
+            raise CheckpointError(
+                f"{path} {problem} weights ({listed}): it belongs to another network, restore the right file"
+            )
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             raise CheckpointError(
                 f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, the network has "
-                f"{tensor.dtype} {tuple(tensor.shape)}: it belongs to another network"
+                f"{tensor.dtype} {tuple(tensor.shape)}: it belongs to another network, restore the right file"
             )
 
 
@@ -253,15 +259,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error})") from error
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore it from a copy") from error
     kinds = {"format": int, "network": str, "shape": list, "latent_dim": int, "options": dict, "data": dict}
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no model description")
+        raise CheckpointError(f"{path} holds no model description: restore it from a copy")
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
-            raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}")
+            raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}: restore it from a copy")
     if config["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {config['format']}, this version reads {FORMAT}: update introvae")
+        raise CheckpointError(
+            f"{path} has format {config['format']}, this version reads {FORMAT}: use the version that wrote it"
+        )
     return config
 
 

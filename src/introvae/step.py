@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import positive
+from introvae.errors import CheckpointError, positive
 from introvae.gaussian import DiagonalGaussian
 from introvae.model import IntrospectiveVAE
 from introvae.objectives import Judged, Objective, Values, Warmup
@@ -210,10 +210,34 @@ class IntrospectiveStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the optimisers' moments do not fit the weights.
+        """
+        players = (
+            ("encoder_optimizer", self.encoder_optimizer, self.encoder_params),
+            ("decoder_optimizer", self.decoder_optimizer, self.decoder_params),
+        )
+        for name, _, params in players:
+            _check_moments(state[name], params, name)
         self.model.load_state_dict(state["model"])
-        self.encoder_optimizer.load_state_dict(state["encoder_optimizer"])
-        self.decoder_optimizer.load_state_dict(state["decoder_optimizer"])
+        for name, optimizer, _ in players:
+            optimizer.load_state_dict(state[name])
+
+
+def _check_moments(state: Mapping[str, Any], params: list[nn.Parameter], name: str) -> None:
+    """Adam's fused kernel trusts the shapes of its moments: wrong ones would write over other memory."""
+    moments = state["state"]
+    if not moments:
+        return  # not a step taken yet
+    if moments.keys() != set(range(len(params))):
+        raise CheckpointError(f"{name} has moments of {len(moments)} weights, the network has {len(params)}")
+    for index, parameter in enumerate(params):
+        found = moments[index]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if found[moment].shape != parameter.shape or found[moment].dtype != parameter.dtype:
+                raise CheckpointError(f"{name}: {moment} {index} does not fit its weight: it is another network's")
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:

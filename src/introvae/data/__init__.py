@@ -15,7 +15,7 @@ from introvae.data.arrays import ArrayData, Part, from_array
 from introvae.data.densities import Density, get_density, list_densities
 from introvae.errors import DataError
 
-__all__ = ["ArrayData", "Data", "Density", "DensityData", "Part", "from_array", "load_data"]
+__all__ = ["ArrayData", "Data", "Density", "DensityData", "Part", "from_array", "holds_vectors", "load_data"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,10 @@ def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
             with open(path, "rb") as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as an array: {error}") from error
+            reason = "it holds Python objects" if "pickle" in str(error) else str(error)
+            raise DataError(
+                f"{path} cannot be read as an array ({reason}): give a file written by numpy.save"
+            ) from error
         return from_array(array, name=name)
     if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):
         from introvae.data.images import load_parquet
@@ -109,3 +112,19 @@ def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
         f"unknown data {name!r}: choose digits, {choices}, or the path of a .parquet or .npy file or of a folder of "
         "Parquet files"
     )
+
+
+def holds_vectors(source: str) -> bool:
+    """Whether the named data are points or vectors and no images, from the name or a file's head alone."""
+    if source.startswith("density:"):
+        return True
+    path = Path(source).expanduser()
+    if path.suffix != ".npy" or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            return len(read(file)[0]) == 2
+    except (OSError, EOFError, ValueError):
+        return False  # load_data will say what is wrong

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from introvae.data.arrays import ArrayData, Part, split
 from introvae.errors import DataError
@@ -108,11 +109,7 @@ def _decode(rows: Iterable[dict[str, Any]], column: str, label: str | None, path
         image = row[column]
         if image is None:
             raise DataError(f"{path}: row {index} has no image")
-        if image.mode not in GREY_MODES + COLOUR_MODES:
-            raise DataError(f"{path}: the image in row {index} has mode {image.mode}: convert it to 8-bit grey or RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # straight to RGB would warn
-        array = np.asarray(image.convert("L" if image.mode in GREY_MODES else "RGB"))
+        array = np.asarray(to_eight_bit(image, f"{path}: the image in row {index}"))
         if images and array.shape[:2] != images[0].shape[:2]:
             raise DataError(
                 f"{path}: the image in row {index} is {array.shape[1]} x {array.shape[0]} pixels, the first "
@@ -131,6 +128,19 @@ def _decode(rows: Iterable[dict[str, Any]], column: str, label: str | None, path
     x = torch.from_numpy(np.stack(images))
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
     return Part(x, torch.tensor(labels) if label is not None else None)
+
+
+def to_eight_bit(image: Image, name: str) -> Image:
+    """A picture as 8-bit grey (mode L) or RGB; transparency is dropped.
+
+    Raises:
+        DataError: 16-bit, float and other pictures, which would lose values.
+    """
+    if image.mode not in GREY_MODES + COLOUR_MODES:
+        raise DataError(f"{name} has mode {image.mode}: convert it to 8-bit grey or RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB would warn
+    return image.convert("L" if image.mode in GREY_MODES else "RGB")
 
 
 def _alike(parts: dict[str, Part], path: Path) -> dict[str, Part]:

@@ -82,4 +82,7 @@ def build_network(
     try:
         return builder(tuple(shape), latent_dim, **options)
     except TypeError as error:
-        raise ConfigError(f"the options {options} do not fit network {name!r}: {error}") from error
+        raise ConfigError(
+            f"the options {options} of network {name!r} have values of a wrong kind: give numbers, such as "
+            "channels: [32, 64]"
+        ) from error

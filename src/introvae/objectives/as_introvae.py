@@ -83,6 +83,11 @@ class ASIntroVAE(Objective):
     def reads_real_in_decoder(self) -> bool:
         return self.contrast == "real-sample"
 
+    def check(self, latent_dim: int, batch_size: int) -> None:
+        _check_joint(self.kernel, latent_dim)
+        if batch_size < 2:
+            raise ConfigError("ASIntroVAE compares the samples of a batch: batch_size must be above 1")
+
     def scale_of(self, x: Tensor) -> float:
         return self.scale if self.scale is not None else 1.0 / x[0].numel()
 
@@ -171,11 +176,7 @@ def as_distance(
         >>> round(as_distance(near, far).item(), 4)
         0.5047
     """
-    if kernel == "joint" and a.mean.shape[1] > JOINT_MAX_DIM:
-        raise ConfigError(
-            f"the joint kernel vanishes in {a.mean.shape[1]} latent dimensions (at most {JOINT_MAX_DIM}): "
-            "use kernel='marginal'"
-        )
+    _check_joint(kernel, a.mean.shape[1])
     if unbiased and min(len(a.mean), len(b.mean)) < 2:
         raise DataError("the distance between posteriors needs a batch of at least 2: raise batch_size")
 
@@ -188,6 +189,14 @@ def as_distance(
         return total if reduction == "sum" else total / count
 
     return expectation(a, a, True) + expectation(b, b, True) - 2 * expectation(a, b, False)
+
+
+def _check_joint(kernel: str, latent_dim: int) -> None:
+    if kernel == "joint" and latent_dim > JOINT_MAX_DIM:
+        raise ConfigError(
+            f"the joint kernel vanishes in {latent_dim} latent dimensions (at most {JOINT_MAX_DIM}): "
+            "use kernel='marginal'"
+        )
 
 
 def _overlap(p: DiagonalGaussian, q: DiagonalGaussian, kernel: str, reduction: str) -> Tensor:

@@ -75,6 +75,9 @@ class Objective:
         """Whether the decoder's loss reads `real.posterior` and `real.kl` (judged anew by the updated encoder)."""
         return False
 
+    def check(self, latent_dim: int, batch_size: int) -> None:
+        """Raise `ConfigError` where the objective cannot work with these; called before a run begins."""
+
     def scale_of(self, x: Tensor) -> float:
         """The factor s in front of the losses; 1 unless an objective has one."""
         return 1.0

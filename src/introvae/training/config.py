@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from introvae.data import holds_vectors
 from introvae.errors import ConfigError, not_negative, one_of, positive, unknown
-from introvae.objectives import Objective, SoftIntroVAE, Warmup, list_objectives
+from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_STEPS = 10_000
@@ -154,40 +155,72 @@ def parse_config(arguments: Sequence[str], files: Sequence[Path] = (), source: s
     Raises:
         ConfigError: an unknown or unreadable setting, in one line.
     """
+    from jsonargparse import ArgumentError
+
     words = [word for file in files for word in ("--settings", str(file))]
-    return config_from(_parse(config_parser(), [*words, *arguments], source), source)
-
-
-def config_from(namespace: Namespace, source: str = "") -> FitConfig:
-    """Build the `FitConfig` of parsed settings."""
-    from jsonargparse import ArgumentError
-
-    parser = config_parser()
     try:
-        settings = parser.instantiate(namespace).as_dict()
+        parser = config_parser()
+        settings = parser.instantiate(parser.parse_args([*words, *giving_way(arguments)])).as_dict()
         return FitConfig(**{f.name: settings[f.name] for f in dataclasses.fields(FitConfig)})
-    except (ArgumentError, TypeError) as error:
-        raise _one_line(error, source) from error
-
-
-def _parse(parser: ArgumentParser, words: list[str], source: str) -> Namespace:
-    from jsonargparse import ArgumentError
-
-    try:
-        return parser.parse_args(words)
     except (ArgumentError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise _one_line(error, source) from error
+        message = str(error) if isinstance(error, ConfigError) else _one_line(str(error))
+        raise ConfigError(f"{source}: {message}" if source else message) from error
 
 
-def _one_line(error: Exception, source: str) -> ConfigError:
-    message = " ".join(str(error).split())
-    match = re.search(r'key "objective".*import path string: (\S+)', message)
-    if match:
-        return unknown("objective", match.group(1), list_objectives())
-    message = message.removeprefix("Parser ")
-    return ConfigError(f"{source + ': ' if source else ''}{message} (see introvae fit --help)")
+def giving_way(words: Sequence[str]) -> list[str]:
+    """The words of a command, arranged so that a given setting replaces what it excludes in a recipe.
+
+    Steps and epochs exclude each other, so do the two lengths of the warm-up; another network does not take a recipe's
+    network options; and the objective comes before its settings.
+    """
+    words = list(words)
+    given = {word.split("=")[0] for word in words}
+    first = []
+    for one, other, none in (
+        ("--steps", "--epochs", "null"),
+        ("--epochs", "--steps", "null"),
+        ("--warmup.share", "--warmup.steps", "0"),
+        ("--warmup.steps", "--warmup.share", "0"),
+    ):
+        if one in given and other not in given:
+            first.append(f"{other}={none}")
+    if "--network" in given and not any(name.startswith("--network_options") for name in given):
+        first.append("--network_options={}")
+    for index, word in enumerate(words):
+        if word == "--objective" or word.startswith("--objective="):
+            count = 1 if "=" in word else 2
+            first += words[index : index + count]
+            del words[index : index + count]
+            break
+    return [*first, *words]
+
+
+def _one_line(message: str) -> str:
+    """A parser's message for somebody who knows no Python."""
+    message = " ".join(message.split()).removeprefix("Parser ")
+    name = ".".join(re.findall(r'key "([\w.]+)"', message)) or "a setting"
+    if match := re.search(r"import path string: (\S+)", message):
+        return str(unknown("objective", match.group(1), list_objectives()))
+    if match := re.search(r"class_path '(?:\w+\.)*(\w+)':.*Option '([^']*)' is not accepted", message):
+        objective, option = match.groups()
+        known = [f.name for f in dataclasses.fields(get_objective(objective))] if objective in list_objectives() else []  # pyright: ignore
+        listed = f": choose one of {', '.join(known)}" if known else f" (see introvae fit --objective.help {objective})"
+        return f"unknown setting {option!r} of {objective}{listed}"
+    if match := re.search(r"(?:unrecognized arguments: (.*)|Option '([^']*)' is not accepted)", message):
+        return f"unknown setting {match.group(1) or match.group(2)!r} (see introvae fit --help)"
+    if match := re.search(r"(?:Got value|Given value): (.*?)(?: Given| Does| -|$)", message):
+        kind = re.search(r"Expected an? <class '(\w+)'>", message)
+        kinds = {
+            "int": "a whole number",
+            "float": "a number",
+            "tuple": "a list of numbers",
+            "dict": "NAME: VALUE pairs",
+        }
+        wanted = kinds.get(kind.group(1), kind.group(1)) if kind else "another kind of value"
+        return f"{name} is {match.group(1)}: give {wanted}"
+    if "Problems parsing config" in message:
+        return f"this is no YAML ({message.split(': ', 1)[-1]}): mend it or start from a run's config.yaml"
+    return f"{message} (see introvae fit --help)"
 
 
 def load_config(path: Path) -> FitConfig:
@@ -197,7 +230,7 @@ def load_config(path: Path) -> FitConfig:
         ConfigError: the file is missing, or a setting in it is unknown or out of range.
     """
     if not path.is_file():
-        raise ConfigError(f"no settings file at {path}")
+        raise ConfigError(f"no settings file at {path}: give the path of a recipe or of a run's config.yaml")
     return parse_config([], [path], source=str(path))
 
 
@@ -226,6 +259,7 @@ def recommended_recipe(data: str, objective: str) -> str | None:
         >>> recommended_recipe("density:8gaussians", "SoftIntroVAE")
         '8gaussians-softintrovae'
     """
-    kind = data.removeprefix("density:") if data.startswith("density:") or data == "digits" else "images"
+    density = data.removeprefix("density:")
+    kind = density if holds_vectors(data) or data == "digits" else "images"
     name = f"{kind}-{objective.lower()}"
     return name if name in list_recipes() else None

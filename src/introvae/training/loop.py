@@ -94,8 +94,10 @@ def fit(
         data = load_data(data)
         settings["data"] = data.name
     if resume is not None:
-        return resume_fit(resume, config, data=data, progress=progress, **settings)
+        return resume_fit(resume, config, settings, data, progress)
     if config is None:
+        if recipe == "auto" and data is not None and len(data.shape) == 1:
+            recipe = "none"
         config = config_for(recipe, settings)
     elif settings.keys() <= {"data"}:
         config = dataclasses.replace(config, **settings)
@@ -112,10 +114,7 @@ def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
     Raises:
         ConfigError: an unknown recipe or setting.
     """
-    known = [f.name for f in dataclasses.fields(FitConfig)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}: choose from {', '.join(known)}")
+    _refuse_unknown(settings)
     if recipe == "auto":
         bare = FitConfig(**settings)
         name = recommended_recipe(bare.data, type(bare.objective).__name__)
@@ -123,34 +122,65 @@ def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
     base = FitConfig() if recipe == "none" else load_config(recipe_path(recipe))
     if "steps" in settings or "epochs" in settings:
         base = dataclasses.replace(base, steps=None, epochs=None)
+    if "network" in settings:
+        base = dataclasses.replace(base, network_options={})
     return dataclasses.replace(base, **settings)
+
+
+def _refuse_unknown(settings: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(FitConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}: choose from {', '.join(known)}")
 
 
 def resume_fit(
     folder: str | Path,
     config: FitConfig | None = None,
-    *,
+    settings: dict[str, Any] | None = None,
     data: Data | None = None,
     progress: bool = True,
-    **settings: Any,
 ) -> Run:
     """Go on with a run from its newest checkpoint.
+
+    Arguments:
+        folder: the run folder.
+        config: all settings, or None for the run's own.
+        settings: single ones over them; all must equal the run's.
+        data: an array or data in memory, where the run had some.
+        progress: show a progress bar.
 
     Raises:
         RunError: no run or no checkpoint there, or a setting differs from the run's (each is listed).
         CheckpointError: the checkpoint is damaged.
     """
     run = Run.open(folder)
-    found = run.config()
-    wanted = config or dataclasses.replace(found, **settings)
-    refuse_differences(run, found, wanted)
+    trainer = resumable(run, config, settings, data)
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
-        raise RunError(f"{folder} has no checkpoint to resume from: start it anew with introvae fit")
-    trainer = Trainer(dataclasses.replace(found, device=wanted.device), data)
+        raise RunError(f"{folder} has no checkpoint to resume from: remove it or choose another --out, and start anew")
     trainer.load_state_dict(load_checkpoint(checkpoints[-1], trainer.device), checkpoints[-1])
     run.rewind_log(trainer.step_index)
     return trainer.train(run, progress)
+
+
+def resumable(
+    run: Run, config: FitConfig | None = None, settings: dict[str, Any] | None = None, data: Data | None = None
+) -> Trainer:
+    """A trainer with the run's settings, still at its start.
+
+    Raises:
+        RunError: a given setting differs from the run's; each is listed.
+    """
+    found = run.config()
+    _refuse_unknown(settings or {})
+    data = load_data(found.data) if data is None else data
+    base = config or found
+    if {"steps", "epochs"} & (settings or {}).keys():
+        base = dataclasses.replace(base, steps=None, epochs=None)
+    wanted = dataclasses.replace(base, **(settings or {}))
+    refuse_differences(run, found, resolve(wanted, data))
+    return Trainer(dataclasses.replace(found, device=wanted.device), data)
 
 
 def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
@@ -300,21 +330,27 @@ class Trainer:
 
     def _log(self, run: Run, log: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            checkpoints = list_checkpoints(run.checkpoints)
-            kept = f"; the last good state is {checkpoints[-1]}" if checkpoints else ""
-            raise DivergedError(
-                f"the losses are not finite at step {self.step_index} (rec {row['rec']:.4g}, KL(real) "
-                f"{row['kl_real']:.4g}): lower lr, or raise beta_neg or warmup.steps{kept}"
-            )
+            raise self._diverged(run, "the losses are")
         log.write(json.dumps(row) + "\n")
         log.flush()
         shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
         bar.set_postfix({title: f"{row[name]:.3g}" for name, title in shown.items()}, refresh=False)
 
+    def _diverged(self, run: Run, what: str) -> DivergedError:
+        checkpoints = list_checkpoints(run.checkpoints)
+        kept = f"; the last good state is {checkpoints[-1]}" if checkpoints else ""
+        return DivergedError(
+            f"{what} not finite at step {self.step_index} of {self.steps}: lower lr, or raise beta_neg or the length "
+            f"of the warm-up{kept}"
+        )
+
     def _picture(self, run: Run, name: str) -> None:
         preview(self.averaged_model(), self.data, run.images / name)
 
     def _save(self, run: Run) -> None:
+        weights = [*self.model.parameters(), *self.average.parameters()]
+        if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
+            raise self._diverged(run, "the weights are")
         save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,15 +373,17 @@ class Trainer:
         try:
             check_state(state["players"]["model"], self.model.state_dict(), str(path))
             check_state(state["average"], self.average.state_dict(), str(path))
+            if state["step"] and not all(state["players"][f"{p}_optimizer"]["state"] for p in ("encoder", "decoder")):
+                raise CheckpointError("it lacks the optimisers' moments")
             self.step.load_state_dict(state["players"])
             self.average.load_state_dict(state["average"])
             self.controller.load_state_dict(state["controller"])
             self.batches.load_state_dict(state["batches"])
             self.noise.set_state(state["noise"].cpu())
             self.step_index, self.seconds = state["step"], state["seconds"]
-        except CheckpointError:
-            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if str(path) in str(error):
+                raise
             raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
 
 
@@ -372,10 +410,7 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
     if latent_dim is None:
         small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
         latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
-    if config.objective.batch_coupled and config.batch_size < 2:
-        raise ConfigError(
-            f"{type(config.objective).__name__} compares the samples of a batch: batch_size must be above 1"
-        )
+    config.objective.check(latent_dim, config.batch_size)
     network = network_for(data.shape) if config.network == "auto" else config.network
     return dataclasses.replace(config, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network)
 

@@ -105,20 +105,18 @@ class Run:
         return IntrospectiveVAE.from_pretrained(self.model_folder)
 
     def log(self) -> list[dict[str, Any]]:
-        """All lines of log.jsonl."""
-        if not self.log_path.is_file():
-            return []
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        """All lines of log.jsonl, up to one that a crash cut."""
+        rows = []
+        for line in self.log_path.read_text().splitlines() if self.log_path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
 
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, and a line that a crash cut."""
-        kept = []
-        for line in self.log_path.read_text().splitlines() if self.log_path.is_file() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break
+        kept = [json.dumps(row) + "\n" for row in self.log() if row["step"] <= step]
         write_atomically(self.log_path, "".join(kept).encode())
 
     def report(self) -> dict[str, Any]:
