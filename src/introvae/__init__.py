@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from introvae.objectives import VAE, ASIntroVAE, IntroVAE, Objective, SoftIntroVAE, Warmup
     from introvae.step import IntrospectiveStep, Noise
     from introvae.training.config import FitConfig
-    from introvae.training.loop import fit
+    from introvae.training.fit import fit
     from introvae.training.run import Run
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _HOMES = {
     "introvae.objectives": ("VAE", "ASIntroVAE", "IntroVAE", "Objective", "SoftIntroVAE", "Warmup"),
     "introvae.step": ("IntrospectiveStep", "Noise"),
     "introvae.training.config": ("FitConfig",),
-    "introvae.training.loop": ("fit",),
+    "introvae.training.fit": ("fit",),
     "introvae.training.run": ("Run",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -80,7 +80,8 @@ def _fail(message: str) -> int:
 
 def _fit(words: list[str]) -> None:
     from introvae.training import config as settings
-    from introvae.training.loop import Trainer, fit, resumable, resume_fit
+    from introvae.training.fit import fit, resumable, resume_fit
+    from introvae.training.loop import Trainer
     from introvae.training.run import Run
 
     words = [_underscored(word) for word in words]

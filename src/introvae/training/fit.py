@@ -1,0 +1,171 @@
+"""Starting and resuming a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from introvae.data import Data, load_data
+from introvae.errors import ConfigError, RunError
+from introvae.training.checkpoint import list_checkpoints, load_checkpoint
+from introvae.training.config import FitConfig, load_config, recipe_path, recommended_recipe
+from introvae.training.loop import Trainer, resolve
+from introvae.training.run import Run, default_folder
+
+
+def fit(
+    config: FitConfig | None = None,
+    *,
+    data: Data | Tensor | np.ndarray | None = None,
+    resume: str | Path | None = None,
+    recipe: str = "auto",
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a model and leave everything in a run folder.
+
+    Arguments:
+        config: all settings at once; or give single ones as `settings`.
+        data: an array or data in memory, instead of the setting `data`.
+        resume: a run folder to go on with; settings given besides must equal the run's.
+        recipe: settings that the given ones override: a recipe's name or file, "auto" (the recommended one for the data
+            and the objective, where there is one) or "none". Not used with `config`.
+        progress: show a progress bar.
+        settings: fields of `FitConfig`.
+
+    Returns:
+        The run; `run.model()` is the trained model.
+
+    Raises:
+        IntrovaeError: a setting, the data or the run folder will not do.
+        InterruptedRunError: Ctrl-C or a termination signal; the state is saved.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = fit(data="density:rings", network="tiny-mlp", steps=3, out=folder + "/run", progress=False)
+        ...     run.model().sample(2).shape
+        torch.Size([2, 2])
+    """
+    if isinstance(data, str | Path):
+        settings["data"], data = str(data), None
+    if data is not None:
+        data = load_data(data)
+        settings["data"] = data.name
+    if resume is not None:
+        return resume_fit(resume, config, settings, data, progress)
+    if config is None:
+        if recipe == "auto" and data is not None and len(data.shape) == 1:
+            recipe = "none"
+        config = config_for(recipe, settings)
+    elif settings.keys() <= {"data"}:
+        config = dataclasses.replace(config, **settings)
+    else:
+        raise ConfigError("give either a config or single settings, not both")
+    trainer = Trainer(config, data)
+    run = Run.create(Path(config.out) if config.out else default_folder(config), trainer.config)
+    return trainer.train(run, progress)
+
+
+def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
+    """The settings of a recipe ("auto", "none", a name or a file) with `settings` over them.
+
+    Raises:
+        ConfigError: an unknown recipe or setting.
+    """
+    _refuse_unknown(settings)
+    if recipe == "auto":
+        bare = FitConfig(**settings)
+        name = recommended_recipe(bare.data, type(bare.objective).__name__)
+        recipe = name or "none"
+    base = FitConfig() if recipe == "none" else load_config(recipe_path(recipe))
+    if "steps" in settings or "epochs" in settings:
+        base = dataclasses.replace(base, steps=None, epochs=None)
+    if "network" in settings:
+        base = dataclasses.replace(base, network_options={})
+    return dataclasses.replace(base, **settings)
+
+
+def _refuse_unknown(settings: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(FitConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}: choose from {', '.join(known)}")
+
+
+def resume_fit(
+    folder: str | Path,
+    config: FitConfig | None = None,
+    settings: dict[str, Any] | None = None,
+    data: Data | None = None,
+    progress: bool = True,
+) -> Run:
+    """Go on with a run from its newest checkpoint.
+
+    Arguments:
+        folder: the run folder.
+        config: all settings, or None for the run's own.
+        settings: single ones over them; all must equal the run's.
+        data: an array or data in memory, where the run had some.
+        progress: show a progress bar.
+
+    Raises:
+        RunError: no run or no checkpoint there, or a setting differs from the run's (each is listed).
+        CheckpointError: the checkpoint is damaged.
+    """
+    run = Run.open(folder)
+    trainer = resumable(run, config, settings, data)
+    checkpoints = list_checkpoints(run.checkpoints)
+    if not checkpoints:
+        raise RunError(f"{folder} has no checkpoint to resume from: remove it or choose another --out, and start anew")
+    trainer.load_state_dict(load_checkpoint(checkpoints[-1], trainer.device), checkpoints[-1])
+    run.rewind_log(trainer.step_index)
+    return trainer.train(run, progress)
+
+
+def resumable(
+    run: Run, config: FitConfig | None = None, settings: dict[str, Any] | None = None, data: Data | None = None
+) -> Trainer:
+    """A trainer with the run's settings, still at its start.
+
+    Raises:
+        RunError: a given setting differs from the run's; each is listed.
+    """
+    found = run.config()
+    _refuse_unknown(settings or {})
+    data = load_data(found.data) if data is None else data
+    base = config or found
+    if {"steps", "epochs"} & (settings or {}).keys():
+        base = dataclasses.replace(base, steps=None, epochs=None)
+    wanted = dataclasses.replace(base, **(settings or {}))
+    refuse_differences(run, found, resolve(wanted, data))
+    return Trainer(dataclasses.replace(found, device=wanted.device), data)
+
+
+def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
+    """Raise `RunError` with every setting in which `wanted` differs from the run's; device and out may."""
+    ours, theirs = _flat(wanted.to_dict()), _flat(found.to_dict())
+    differences = [
+        f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and name not in ("device", "out")
+    ]
+    if differences:
+        raise RunError(
+            f"{run.folder} was started with other settings ({'; '.join(differences)}): resume without them, "
+            "or start a new run"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
