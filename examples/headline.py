@@ -25,6 +25,8 @@ def trained(data: str, title: str, folder: Path, steps: int | None) -> introvae.
     run = folder / f"{data.removeprefix('density:')}-{OBJECTIVES[title]}"
     if (run / "model" / "config.json").is_file():
         return introvae.Run.open(run)
+    if (run / "config.yaml").is_file():
+        return introvae.fit(resume=run)
     print(f"training {title} on {data} in {run}")
     shorter: dict[str, Any] = {"steps": steps} if steps else {}
     return introvae.fit(recipe=run.name, out=str(run), **shorter)
@@ -41,10 +43,12 @@ def draw_images(axis, images: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/headline"), help="where the runs are kept")
-    parser.add_argument("--out", type=Path, default=Path("docs/headline.png"), help="the figure")
+    parser.add_argument("--runs", type=Path, help="where the runs are kept (default: runs/headline)")
+    parser.add_argument("--out", type=Path, help="the figure (default: headline.png beside the runs)")
     parser.add_argument("--steps", type=int, help="shorter runs, for a quick look")
     arguments = parser.parse_args()
+    arguments.runs = arguments.runs or Path("runs/headline" + (f"-{arguments.steps}" if arguments.steps else ""))
+    arguments.out = arguments.out or arguments.runs / "headline.png"
 
     figure = Figure(figsize=(8.4, 5.9), layout="constrained")
     axes = figure.subplots(2, 3)

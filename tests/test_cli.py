@@ -505,9 +505,10 @@ def test_evaluate_reports_only_the_named_metrics(command: Command, digits: Run, 
     run = Run(Path(shutil.copytree(digits.folder, tmp_path / "copy")))
     said = command("evaluate", run.folder, "--metrics", "psnr_db,mse")
     assert (said.code, said.err) == (0, "")
-    metrics = run.report()["metrics"]
-    assert list(metrics) == ["psnr_db", "mse"]
-    assert metrics["mse"] == digits.report()["metrics"]["mse"]
+    assert run.report()["metrics"] == digits.report()["metrics"]  # the others of the earlier report stay
+    run.report_path.unlink()
+    assert command("evaluate", run.folder, "--metrics", "psnr_db,mse").code == 0
+    assert list(run.report()["metrics"]) == ["psnr_db", "mse"]
     assert re.search(r"^psnr_db +[\d.]+", said.out, re.MULTILINE)
     assert "ssim" not in said.out
 
@@ -518,7 +519,8 @@ def test_evaluate_takes_other_data_of_the_same_shape(command: Command, digits: R
     reports = []
     for seed in (3, 3, 4):
         assert command("evaluate", run.folder, "--data", data, "--seed", seed).code == 0
-        reports.append(run.report())
+        reports.append(json.loads((run.folder / "report-other.json").read_text()))
+    assert run.report() == digits.report()  # the run's own report stays
     assert reports[0]["data"] == str(data)
     assert reports[0]["metrics"]["mse"]["n"] == 6  # a tenth is held out
     assert reports[0] == reports[1]
@@ -735,7 +737,9 @@ def test_a_run_that_is_not_there(refused: Refused, tmp_path: Path, words: str) -
 
 def test_resuming_a_finished_run_changes_nothing_of_the_model(command: Command, damaged: Run) -> None:
     before = (damaged.model_folder / "model.safetensors").read_bytes()
-    said = command("fit", "--resume", damaged.folder, "--quiet", "--steps", 3, "--out", "elsewhere", "--device", "cpu")
+    said = command(
+        "fit", "--resume", damaged.folder, "--quiet", "--steps", 3, "--out", damaged.folder, "--device", "cpu"
+    )
     assert said.code == 0, said.err
     assert (damaged.model_folder / "model.safetensors").read_bytes() == before
     assert [row["step"] for row in damaged.log()] == [3]

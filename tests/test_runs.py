@@ -38,9 +38,11 @@ from introvae import (
     from_array,
 )
 from introvae.cli import main
+from introvae.errors import DivergedError
+from introvae.objectives import get_objective, list_objectives
 from introvae.training.checkpoint import KEEP, list_checkpoints
-from introvae.training.config import list_recipes, load_config, recipe_path
-from introvae.training.loop import DivergedError, Trainer
+from introvae.training.config import list_recipes, load_config, parse_config, recipe_path
+from introvae.training.loop import Trainer
 from introvae.training.run import default_folder
 
 SCRIPT = Path(sys.executable).parent / "introvae"
@@ -168,7 +170,10 @@ def test_an_image_run_that_is_killed_in_its_second_epoch_equals_one_that_was_not
     assert status == -signal.SIGKILL
     state = last_state(Run(folder))
     assert state["step"] >= 14
-    assert state["batches"] == {"epoch": (state["step"] - 1) // 8, "position": 32 * ((state["step"] - 1) % 8 + 1)}
+    assert {name: state["batches"][name] for name in ("epoch", "position")} == {
+        "epoch": (state["step"] - 1) // 8,
+        "position": 32 * ((state["step"] - 1) % 8 + 1),
+    }
     assert main(["fit", "--resume", str(folder), "--quiet"]) == 0
     assert main(["fit", *words, "--out", str(tmp_path / "whole")]) == 0
     assert_same_run(Run(folder), Run(tmp_path / "whole"))
@@ -399,7 +404,7 @@ def test_fit_takes_a_config(tmp_path: Path) -> None:
     config = FitConfig(data="density:rings", network="tiny-mlp", steps=2, out=str(tmp_path / "run"))
     run = fit(config, progress=False)
     assert run.folder == tmp_path / "run"
-    assert dataclasses.replace(run.config(), latent_dim=None) == config
+    assert dataclasses.replace(run.config(), latent_dim=None, out=config.out) == config
     with pytest.raises(ConfigError, match="config"):
         fit(config, steps=3, progress=False)
 
@@ -468,7 +473,7 @@ def test_resuming_lists_every_difference(tmp_path: Path) -> None:
     run = small(tmp_path / "run", objective=SoftIntroVAE(beta_neg=8.0))
     other: dict[str, Any] = {"lr": 0.5, "objective": SoftIntroVAE(beta_neg=9.0), "warmup": Warmup(3), "device": "cpu"}
     with pytest.raises(RunError) as caught:
-        fit(resume=run.folder, data=vectors(), out="elsewhere", progress=False, **other)
+        fit(resume=run.folder, data=vectors(), progress=False, **other)
     listed = re.findall(r"[\w.]+(?= is )", str(caught.value))
     assert sorted(name.removeprefix("init_args.") for name in listed) == [
         "lr",
@@ -556,7 +561,7 @@ def test_a_second_run_of_a_day_gets_a_number(tmp_path: Path, monkeypatch: pytest
 def test_settings_survive_the_config_file(tmp_path: Path, objective: Objective, settings: dict[str, Any]) -> None:
     config = FitConfig(objective=objective, **settings)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == dataclasses.replace(config, out=None)
 
 
 # --- recipes
@@ -600,3 +605,61 @@ def test_a_recipe_trains(tmp_path: Path, name: str) -> None:
 def test_a_recipe_says_first_what_it_is(name: str) -> None:
     head = recipe_path(name).read_text().splitlines()[0]
     assert re.match(r"# \w.{20,}", head), head
+
+
+def test_a_resumed_run_keeps_its_folder_and_its_data(tmp_path: Path) -> None:
+    run = small(tmp_path / "run", data=vectors())
+    with pytest.raises(RunError, match="stays in its folder"):
+        fit(resume=run.folder, data=vectors(), out=str(tmp_path / "elsewhere"), progress=False)
+    with pytest.raises(DataError, match="not the ones that the run was started with"):
+        fit(resume=run.folder, data=vectors() + 1, progress=False)
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step_00005000.pt", "model/config.json", "report.json", "log.jsonl"])
+def test_a_folder_with_remains_of_a_run_is_refused(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).touch()
+    with pytest.raises(RunError, match="holds a run already"):
+        small(tmp_path)
+    assert (tmp_path / left).is_file()
+
+
+@pytest.mark.parametrize("asked", list_objectives())
+@pytest.mark.parametrize("before", list_objectives())
+def test_an_objective_inherits_nothing_of_another_one(tmp_path: Path, before: str, asked: str) -> None:
+    """Both IntroVAE and Soft-IntroVAE have an alpha, and they mean different things."""
+    odd = {f.name: f.default * 3 for f in dataclasses.fields(get_objective(before)) if isinstance(f.default, float)}  # pyright: ignore
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"objective": {"class_path": before, "init_args": odd}}))
+    found = parse_config(["--objective", asked], [recipe]).objective
+    assert found == (get_objective(asked)() if asked != before else get_objective(before)(**odd))
+    recipe.write_text(json.dumps({"objective": asked}))
+    assert load_config(recipe).objective == get_objective(asked)()
+    assert parse_config([f"--objective={asked}"]).objective == get_objective(asked)()
+
+
+def test_looking_at_a_run_does_not_change_it(tmp_path: Path) -> None:
+    states = []
+    for log_every in (1, 100):
+        run = small(tmp_path / f"{log_every}", data="digits", objective="VAE", network="tiny-conv", steps=4,
+                    network_options={"norm": "batch"}, log_every=log_every)  # fmt: skip
+        states.append((run.model_folder / "model.safetensors").read_bytes())
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "GAN"}, "choose one of VAE, IntroVAE"),
+        ({"objective": 3}, "or its name"),
+        ({"steps": "2"}, "steps is 2: it must be a number"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: it must be a whole number"),
+        ({"adam_betas": (0.9,)}, "give two numbers"),
+        ({"seed": 2**32}, "seed is"),
+        ({"warmup": {"steps": -1}}, "warmup.steps is -1"),
+    ],
+)
+def test_settings_of_a_wrong_kind_are_refused_from_python(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitConfig(**settings)
+    assert FitConfig(objective="VAE", warmup={"share": 0.1}).objective == VAE()  # pyright: ignore

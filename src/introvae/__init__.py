@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from introvae.data import ArrayData, DensityData, from_array, load_data
-    from introvae.errors import CheckpointError, ConfigError, DataError, IntrovaeError, RunError
+    from introvae.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        InterruptedRunError,
+        IntrovaeError,
+        RunError,
+    )
     from introvae.evaluation import evaluate
     from introvae.gaussian import DiagonalGaussian
     from introvae.model import IntrospectiveVAE
@@ -33,7 +41,9 @@ __all__ = [
     "DataError",
     "DensityData",
     "DiagonalGaussian",
+    "DivergedError",
     "FitConfig",
+    "InterruptedRunError",
     "IntroVAE",
     "IntrospectiveStep",
     "IntrospectiveVAE",
@@ -55,7 +65,15 @@ __all__ = [
 
 _HOMES = {
     "introvae.data": ("ArrayData", "DensityData", "from_array", "load_data"),
-    "introvae.errors": ("CheckpointError", "ConfigError", "DataError", "IntrovaeError", "RunError"),
+    "introvae.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "DivergedError",
+        "InterruptedRunError",
+        "IntrovaeError",
+        "RunError",
+    ),
     "introvae.evaluation": ("evaluate",),
     "introvae.gaussian": ("DiagonalGaussian",),
     "introvae.model": ("IntrospectiveVAE",),

@@ -99,7 +99,9 @@ def _fit(words: list[str]) -> None:
     if own.resume:
         started = Run.open(own.resume)
         started.config()  # what is wrong in the file is said of the file
-        wanted = settings.parse_config(rest, [started.config_path])
+        if own.recipe not in ("auto", "none"):
+            raise ConfigError("a resumed run keeps its settings: give --resume without --recipe")
+        wanted = settings.parse_config(rest, [started.config_path], resuming=True)
         if own.dry_run:
             return _show(resumable(started, wanted))
         run = resume_fit(own.resume, wanted, progress=not own.quiet)
@@ -158,14 +160,16 @@ def _report(run: Run, **options: Any) -> None:
     report = evaluate(run, **options)
     if report["training_seconds"] is not None:
         print(f"training took {report['training_seconds']:.0f} s for {report['steps']} steps")
-    print(table(report))
-    print(f"report   {run.report_path}\npicture  {run.images / 'evaluation.png'}")
+    print(table(report, options.get("metrics", ())))
+    picture = run.folder / report["picture"]
+    report_path = run.folder / picture.with_suffix(".json").name.replace("evaluation", "report")
+    print(f"report   {report_path}\npicture  {picture}")
 
 
 def _sample(words: list[str]) -> None:
     import torch
 
-    from introvae.errors import positive
+    from introvae.errors import checked_seed, positive
     from introvae.training.run import Run
 
     example = (
@@ -181,7 +185,7 @@ def _sample(words: list[str]) -> None:
     own = parser.parse_args(words)
     positive(n=own.number)
     model = Run.open(own.run).model()
-    generator = torch.Generator().manual_seed(own.seed)
+    generator = torch.Generator().manual_seed(checked_seed(own.seed))
     parts = [model.sample(min(256, own.number - start), generator) for start in range(0, own.number, 256)]
     print(_write(torch.cat(parts), Path(own.output), [f"sample_{i:05d}.png" for i in range(own.number)]))
 
@@ -251,7 +255,7 @@ def _write(x: Any, output: Path, names: list[str], columns: int | None = None) -
             write_atomically(output, buffer.getvalue())
         elif x.ndim == 4 and output.suffix == ".png":
             save_picture(image_grid(x, columns), output)
-        elif x.ndim == 4 and not output.suffix:
+        elif x.ndim == 4 and (not output.suffix or output.is_dir()):
             for image, name in zip(x, names, strict=True):
                 save_picture(to_pil(image), output / name)
         elif x.ndim == 2 and x.shape[1] == 2 and output.suffix == ".png":

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "IntrovaeError", "RunError"]
+import math
+from numbers import Real
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "InterruptedRunError",
+    "IntrovaeError",
+    "RunError",
+]
 
 
 class IntrovaeError(Exception):
@@ -21,6 +32,14 @@ class RunError(IntrovaeError, RuntimeError):
     """A run folder is missing, already in use or does not belong to the given settings."""
 
 
+class InterruptedRunError(RunError):
+    """The run was stopped by Ctrl-C or a termination signal; its state was saved."""
+
+
+class DivergedError(RunError):
+    """The losses or weights are no longer finite."""
+
+
 class CheckpointError(IntrovaeError, RuntimeError):
     """A checkpoint or model file is cut, from elsewhere, or has wrong keys or shapes."""
 
@@ -33,15 +52,34 @@ def unknown(kind: str, name: object, choices: list[str]) -> ConfigError:
 def positive(**settings: float) -> None:
     """Raise `ConfigError` unless every given setting is a finite number above zero."""
     for name, value in settings.items():
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {value}: it must be above 0")
+        if not (_is_number(value) and 0 < value < math.inf):
+            raise ConfigError(f"{name} is {value}: it must be a number above 0")
 
 
 def not_negative(**settings: float) -> None:
     """Raise `ConfigError` unless every given setting is a finite number of at least zero."""
     for name, value in settings.items():
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{name} is {value}: it must not be negative")
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ConfigError(f"{name} is {value}: it must be a number and not be negative")
+
+
+def whole(**settings: object) -> None:
+    """Raise `ConfigError` unless every given setting is a whole number."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name} is {value}: it must be a whole number")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed itself; raises `ConfigError` unless it is a whole number from 0 to 2^32 - 1."""
+    whole(seed=seed)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}: give a whole number from 0 to 4294967295")
+    return seed
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def one_of(choices: tuple[str, ...], **settings: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Data, Density, DensityData, load_data
-from introvae.errors import DataError, RunError, unknown
+from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
 from introvae.metrics import classifier, histogram, manifold, reconstruction
 from introvae.model import IntrospectiveVAE
@@ -20,35 +21,49 @@ from introvae.training.preview import negative_elbo, preview
 from introvae.training.run import Run
 
 POINTS, NATS_POINTS, ENERGY_POINTS, REPEATS = 5000, 100_000, 2000, 5
-SAMPLES, REFERENCE = 500, 5000
+SAMPLES, REFERENCE, NEIGHBOURS = 500, 2000, 3
 GNELBO_POINTS = 100 * 512
 MAX_PIXELS = 32 * 32 * 3
 """Largest image that the pixel classifier and the pixel manifold are used on."""
+
+METRICS = [
+    *("kl_soft_introvae", "jsd_soft_introvae", "kl_nats", "jsd_nats", "energy_distance", "modes"),
+    *("share_within_3_sigma", "gnelbo", "mse", "psnr_db", "ssim", "kl_real_nats"),
+    *("precision_pixels", "recall_pixels", "confident_share", "class_entropy_nats"),
+]
 
 Metrics = dict[str, dict[str, Any]]
 
 
 def evaluate(
-    run: Run | str | Path, *, data: str | Path | Data | None = None, metrics: Sequence[str] = (), seed: int = 0
+    run: Run | str | Path, *, data: str | Path | Data | None = None, metrics: str | Sequence[str] = (), seed: int = 0
 ) -> dict[str, Any]:
     """Measure a finished run's model, write `report.json` and `images/evaluation.png` into its folder.
+
+    With other data, the files are `report-DATA.json` and `images/evaluation-DATA.png`.
 
     Arguments:
         run: the run or its folder.
         data: other data of the same shape than the run was trained on.
-        metrics: names of the ones to keep; all by default.
+        metrics: names of the ones to report; all that apply by default. The others of an earlier report stay in it.
         seed: of all draws.
 
     Returns:
-        `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol", "floor"}}}`; keys that do not
-        apply are left out. "floor" is what a perfect sampler, or held-out real images in the samples' place, score.
+        `{"run": folder, "data": name, "picture": file, "metrics": {name: {"value", "std", "n", "protocol", "floor"}}}`;
+        keys that do not apply are left out. "floor" is what a perfect sampler, or held-out real images in the samples'
+        place, score.
 
     Raises:
         RunError: no finished run there.
         DataError: data of another shape.
-        ConfigError: an unknown metric.
+        ConfigError: an unknown metric, or one that does not apply to the data.
     """
     run = run if isinstance(run, Run) else Run.open(run)
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    for name in metrics:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+    checked_seed(seed)
     config, model = run.config(), run.model()
     loaded = load_data(config.data if data is None else data)
     if loaded.shape != model.shape:
@@ -58,19 +73,28 @@ def evaluate(
     found = measure(model, loaded, seed)
     for name in metrics:
         if name not in found:
-            raise unknown("metric", name, list(found))
+            raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found)}")
+    suffix = (
+        ""
+        if loaded.name == config.data
+        else "-" + (re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data")
+    )
+    path = run.report_path.with_stem(run.report_path.stem + suffix)
+    before = json.loads(path.read_text())["metrics"] if metrics and path.is_file() else {}
+    rows = run.log()
     report = {
         "run": str(run.folder),
         "data": loaded.name,
         "objective": type(config.objective).__name__,
         "seed": config.seed,
         "steps": config.steps,
-        "training_seconds": run.log()[-1]["seconds"] if run.log() else None,
-        "metrics": {name: found[name] for name in metrics or found},
+        "training_seconds": rows[-1]["seconds"] if rows else None,
+        "picture": f"images/evaluation{suffix}.png",
+        "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }
     try:
-        write_atomically(run.report_path, (json.dumps(report, indent=2) + "\n").encode())
-        preview(model, loaded, run.images / "evaluation.png")
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        preview(model, loaded, run.folder / report["picture"])
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
     return report
@@ -87,15 +111,10 @@ def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
         return _plane(model, data.density, generator)
     if len(data.shape) == 3:
         found = _reconstruction(model, data)
-        if len(data.heldout) > manifold_k() and data.train.x[0].numel() <= MAX_PIXELS:
+        if len(data.heldout) > NEIGHBOURS and data.train.x[0].numel() <= MAX_PIXELS:
             found |= _samples(model, data, generator)
         return found
     return _vectors(model, data)
-
-
-def manifold_k() -> int:
-    """Which neighbour gives the manifold's radius."""
-    return 3
 
 
 def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator) -> Metrics:
@@ -189,10 +208,10 @@ def _samples(model: IntrospectiveVAE, data: ArrayData, generator: torch.Generato
     ]
     real = heldout.tensor()
     others = reference.tensor()[:n]
-    scores = [manifold.precision_recall(real, x, manifold_k()) for x in draws]
-    floor = manifold.precision_recall(real, others, manifold_k())
+    scores = [manifold.precision_recall(real, x, NEIGHBOURS) for x in draws]
+    floor = manifold.precision_recall(real, others, NEIGHBOURS)
     protocol = (
-        f"{n} samples, {REPEATS} draws, {len(real)} held-out images, k = {manifold_k()} neighbours in pixel space; "
+        f"{n} samples, {REPEATS} draws, {len(real)} held-out images, k = {NEIGHBOURS} neighbours in pixel space; "
         f"floor: {len(others)} training images in the samples' place"
     )
     found = {
@@ -245,10 +264,11 @@ def _entry(values: list[float], n: int, protocol: str, floor: float | None = Non
     return entry
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report's numbers as lines of text: name, value, std, floor."""
+def table(report: dict[str, Any], names: Sequence[str] = ()) -> str:
+    """The report's numbers, all or those of the given names, as lines of text: name, value, std, floor."""
     lines = [f"{'metric':<22}{'value':>11}{'std':>11}{'floor':>11}"]
-    for name, entry in report["metrics"].items():
+    for name in names or report["metrics"]:
+        entry = report["metrics"][name]
         cells = [f"{entry[key]:>11.4g}" if key in entry else f"{'':>11}" for key in ("value", "std", "floor")]
         lines.append(f"{name:<22}{''.join(cells)}".rstrip())
     return "\n".join(lines)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 LOGVAR_RANGE = (-20.0, 10.0)
-"""Bounds of every posterior's log-variance: sigma stays in [4.5e-5, 148], so that neither exp() nor a KL of finite
-means can overflow, whatever the input. Outside the bounds the log-variance gets no gradient."""
+"""Bounds of every posterior's log-variance: sigma stays in [4.5e-5, 148], so that no log-variance makes an exp()
+overflow, and latents and KL of finite means (below 1e18, the root of float32's range) are never NaN. Outside the
+bounds the log-variance gets no gradient."""
 
 
 @dataclass(frozen=True)

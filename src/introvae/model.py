@@ -92,8 +92,10 @@ class IntrospectiveVAE(nn.Module):
         """The posterior q(z|x) of `x: [N, ...]`; its log-variance stays inside `gaussian.LOGVAR_RANGE`.
 
         Raises:
-            DataError: x has another shape than the model was built for.
+            DataError: x has another shape than the model was built for, or is not of a float type.
         """
+        if not x.is_floating_point():
+            raise DataError(f"the model takes floats, images in [0, 1], not {x.dtype}: divide uint8 images by 255")
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             raise DataError(f"the model takes data of shape {self.shape}, not {tuple(x.shape[1:])}")
         return DiagonalGaussian.bounded(*self.encoder(x))
@@ -108,7 +110,11 @@ class IntrospectiveVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """What the decoder makes of the mode of each posterior; same shape as `x: [N, ...]`."""
+        """What the decoder makes of the mode of each posterior; same shape as `x: [N, ...]`.
+
+        Raises:
+            DataError: x has another shape than the model was built for, or is not of a float type.
+        """
         return self(x)
 
     @torch.no_grad()
@@ -137,9 +143,12 @@ class IntrospectiveVAE(nn.Module):
 
         Raises:
             ConfigError: fewer than two steps.
+            DataError: the ends have different shapes, or not the model's.
         """
         if steps < 2:
             raise ConfigError(f"steps is {steps}: an interpolation needs at least 2")
+        if a.shape != b.shape:
+            raise DataError(f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}: give as many of each")
         start, end = self.encode(a).mode[:, None], self.encode(b).mode[:, None]
         t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[None, :, None]
         z = _slerp(start, end, t) if spherical else torch.lerp(start, end, t)
@@ -250,7 +259,7 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
     try:
         files = ["config.json", "model.safetensors"]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"no model folder at {source}, and the hub does not give it: {reason}") from error
 

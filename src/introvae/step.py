@@ -38,8 +38,9 @@ class Noise(NamedTuple):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Noise:
-        """Draw the noise for a batch of n from `generator` (made on `device`)."""
-        draws = torch.randn(6 * n, latent_dim, generator=generator, device=device, dtype=dtype)
+        """Draw the noise for a batch of n; a CPU `generator` gives the same draws on every `device`."""
+        source = device if generator is None else generator.device
+        draws = torch.randn(6 * n, latent_dim, generator=generator, device=source, dtype=dtype).to(device)
         return cls(draws[:n], draws[n : 2 * n], draws[2 * n : 4 * n], draws[4 * n :])
 
 
@@ -103,8 +104,12 @@ class IntrospectiveStep:
             warming: take a VAE's step with the warm-up's loss instead.
 
         Returns:
-            Detached scalars: rec (squared error summed over pixels), kl_* in nats and the losses, all before the
-            update. A step without fakes leaves theirs out.
+            Detached scalars: rec (squared error summed over pixels), kl_* in nats and loss_encoder, all before the
+            update; loss_decoder after the encoder's. A step without fakes leaves theirs out.
+
+        Raises:
+            DataError: x has another shape than the model takes, or is too small a batch for the objective.
+            RuntimeError: a loss reads a term that its objective does not declare.
         """
         if noise is None:
             noise = Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype)

@@ -89,7 +89,7 @@ def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
 
         return load_digits()
     if name == "array":
-        raise DataError("the run's data were an array in memory: give it again, as data=...")
+        raise DataError("the run's data were an array in memory: give it again, as data=... or as --data FILE.npy")
     path = Path(name).expanduser()
     if path.suffix == ".npy" and path.is_file():
         try:

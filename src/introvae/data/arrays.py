@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,12 +94,23 @@ class ArrayBatches:
         self.order = torch.randperm(len(self.x), generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Where the stream is, and of which data."""
+        return {"epoch": self.epoch, "position": self.position, "data": self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            DataError: the data are not the ones the state is of.
+        """
+        if state["data"] != self.fingerprint():
+            raise DataError("the data are not the ones that the run was started with: give those, or start a new run")
         self._start(state["epoch"], state["position"])
+
+    def fingerprint(self) -> list[int]:
+        """Number of samples and a checksum over a thousand of them."""
+        some = self.x[:: max(1, len(self.x) // 1000)].contiguous()
+        return [len(self.x), zlib.crc32(some.numpy().tobytes())]
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -112,7 +124,8 @@ def from_array(
     """Data from an array in memory; a tenth (at most 10,000) is held out by seed.
 
     Arguments:
-        x: images `[N, C, H, W]` or grey `[N, H, W]`, uint8 or float in [0, 1]; or vectors `[N, D]`, finite floats.
+        x: images `[N, C, H, W]` or grey `[N, H, W]`, uint8 or float in [0, 1] (kept as uint8, rounded); or vectors
+            `[N, D]`, finite floats. Copied.
         labels: class indices `[N]`.
         name: what the run's config calls the data.
         seed: of the held-out part.
@@ -147,10 +160,10 @@ def from_array(
 
 def _as_tensor(x: Tensor | np.ndarray, name: str) -> Tensor:
     if isinstance(x, Tensor):
-        return x
+        return x.detach().cpu().clone()
     x = np.asarray(x)
     try:  # torch takes no flipped, read-only or foreign-endian arrays
-        return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "W"]))
+        return torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
     except TypeError as error:
         raise DataError(f"{name} holds {x.dtype} values: give images as uint8 or float in [0, 1]") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -45,7 +44,15 @@ def soft_introvae_kl_jsd(real: Tensor, fake: Tensor, extent: float) -> tuple[flo
         real, fake: `[N, 2]`.
         extent: half the side of the square.
 
+    Raises:
+        DataError: points that are not `[N, 2]` or hold NaN.
+
     Source: Soft-IntroVAE (2021), 2D experiments.
+
+    Example:
+        >>> x = torch.rand(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> max(soft_introvae_kl_jsd(x, x, extent=1.0)) < 1e-9
+        True
     """
     densities = []
     for points in (real, fake):
@@ -66,6 +73,13 @@ def kl_jsd_nats(real: Tensor, fake: Tensor, extent: float) -> tuple[float, float
 
     Normalised histograms of 100 x 100 bins and one bin for everything outside; for the KL every bin of `fake` has half
     a point more, so that an empty bin costs a finite amount. The JSD needs no such help and is at most ln 2.
+
+    Raises:
+        DataError: points that are not `[N, 2]` or hold NaN.
+
+    Example:
+        >>> round(kl_jsd_nats(torch.zeros(9, 2), torch.ones(9, 2) / 2, extent=1.0)[1], 4)
+        0.6931
     """
     p, q = (_with_outside(points, extent) for points in (real, fake))
     smoothed = (q + 0.5) / (q + 0.5).sum()
@@ -92,6 +106,13 @@ def mode_coverage(x: Tensor, modes: Tensor, sigma: float) -> tuple[int, float]:
         x: points `[N, 2]`.
         modes: centres `[K, 2]`.
         sigma: standard deviation per axis. A perfect sampler has 1 - exp(-9/2) = 98.9 % within 3 sigma.
+
+    Raises:
+        DataError: points that are not `[N, 2]` or hold NaN.
+
+    Example:
+        >>> mode_coverage(torch.zeros(10, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), sigma=0.1)
+        (1, 1.0)
     """
     _check_points(x)
     distance, nearest = torch.cdist(x.double().cpu(), modes.double()).min(dim=1)
@@ -104,7 +125,14 @@ def mode_coverage(x: Tensor, modes: Tensor, sigma: float) -> tuple[int, float]:
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """Two-sample energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, in the points' unit; unbiased, so may be below 0.
 
+    Raises:
+        DataError: points that are not `[N, 2]` or hold NaN.
+
     Source: Szekely & Rizzo 2013, Eq. 2.1 as a U-statistic.
+
+    Example:
+        >>> round(energy_distance(torch.zeros(5, 2), torch.tensor([[3.0, 4.0]] * 5)), 4)
+        10.0
     """
     _check_points(x, y)
     x, y = x.double().cpu(), y.double().cpu()
@@ -133,8 +161,3 @@ def gnelbo(
     points = torch.cat([torch.cartesian_prod(axis, axis), data])
     values = torch.cat([negative_elbo(part).double().cpu() for part in points.split(batch)])
     return (values[-len(data) :] / values.sum()).mean().item()
-
-
-def perfect_share_within(sigmas: float = 3.0) -> float:
-    """Share of a 2D normal distribution within that many sigmas: 1 - exp(-sigmas^2 / 2)."""
-    return 1 - math.exp(-(sigmas**2) / 2)

@@ -32,10 +32,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     for name, x in (("real", real), ("fake", fake)):
         if len(x) <= k:
             raise ConfigError(f"{len(x)} {name} samples have no {k}-th neighbour: give more than {k}")
-    return _share_inside(fake, real, k), _share_inside(real, fake, k)
+    distances = torch.cdist(fake, real, compute_mode="donot_use_mm_for_euclid_dist")
+    precision = (distances <= radii(real, k)).any(dim=1).double().mean().item()
+    recall = (radii(fake, k) >= distances.T).any(dim=1).double().mean().item()
+    return precision, recall
 
 
-def _share_inside(points: Tensor, manifold: Tensor, k: int) -> float:
-    radii = torch.cdist(manifold, manifold, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1).values
-    distances = torch.cdist(points, manifold, compute_mode="donot_use_mm_for_euclid_dist")
-    return (distances <= radii).any(dim=1).double().mean().item()
+def radii(x: Tensor, k: int) -> Tensor:
+    """Distance `[N]` of each point of `x: [N, D]` to its k-th neighbour in the set."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1).values

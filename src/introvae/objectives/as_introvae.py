@@ -36,12 +36,12 @@ class ASIntroVAE(Objective):
         contrast: which two batches D compares: "reconstruction-sample" (the authors' code) or "real-sample" (their
             poster).
         annealing: "linear", c = min(annealing_rate * i / T, 1), or "tanh", c = tanh(annealing_rate * i / T); i and T
-            count adversarial steps.
+            count adversarial steps. None is "linear" for the variant "paper", "tanh" for "official_code".
         annealing_rate: the 5 of the paper.
         scale: as in `SoftIntroVAE`.
         variant: "paper", or "official_code": tanh on mean and log-variance before D (in the decoder's step before
             the KL too), D as a sum in the encoder's step and at half its weight in the decoder's, pairs i = j kept,
-            no 1 / sqrt(2 pi) in the kernel. That code also anneals with "tanh".
+            no 1 / sqrt(2 pi) in the kernel, "tanh" annealing; all read off the authors' public code.
 
     Raises:
         ConfigError: a setting is out of range; the joint kernel meets more than 8 latent dimensions.
@@ -60,7 +60,7 @@ class ASIntroVAE(Objective):
     distance_weight: float = 1.0
     kernel: str = "marginal"
     contrast: str = "reconstruction-sample"
-    annealing: str = "linear"
+    annealing: str | None = None
     annealing_rate: float = 5.0
     scale: float | None = None
     variant: str = "paper"
@@ -76,7 +76,8 @@ class ASIntroVAE(Objective):
             positive(scale=self.scale)
         one_of(("marginal", "joint"), kernel=self.kernel)
         one_of(("reconstruction-sample", "real-sample"), contrast=self.contrast)
-        one_of(("linear", "tanh"), annealing=self.annealing)
+        if self.annealing is not None:
+            one_of(("linear", "tanh"), annealing=self.annealing)
         one_of(("paper", "official_code"), variant=self.variant)
 
     @property
@@ -92,14 +93,13 @@ class ASIntroVAE(Objective):
         return self.scale if self.scale is not None else 1.0 / x[0].numel()
 
     def values(self, progress: float = 1.0) -> dict[str, float]:
-        if self.annealing == "linear":
-            c = min(self.annealing_rate * progress, 1.0)
-        else:
-            c = math.tanh(self.annealing_rate * progress)
+        annealing = self.annealing or ("tanh" if self.variant == "official_code" else "linear")
+        linear = self.annealing_rate * progress
+        c = min(linear, 1.0) if annealing == "linear" else math.tanh(linear)
         return {**super().values(progress), "c": c}
 
     def at(self, progress: float) -> Objective:
-        if self.values(progress)["c"] < 1 or self.variant == "official_code":
+        if self.values(progress)["c"] < 1 or self.variant == "official_code" or type(self) is not ASIntroVAE:
             return self
         return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg, scale=self.scale)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from introvae.data import holds_vectors
-from introvae.errors import ConfigError, not_negative, one_of, positive, unknown
+from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class FitConfig:
         epochs: its length in passes over the training part, instead of steps.
         lr: Adam's learning rate of both players.
         lr_schedule: constant, cosine (down to 0 at the end) or milestones (times 0.1 at each of lr_milestones).
-        lr_milestones: shares of the run, in (0, 1), at which the rate falls.
+        lr_milestones: shares of the run, in [0, 1), at which the rate falls.
         lr_warmup: steps over which the rate grows from 0.
         adam_betas: Adam's decay rates.
         ema: decay of the averaged weights, which are the ones that are saved and measured; 0 for none.
@@ -83,16 +84,24 @@ class FitConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.objective, str):  # for Python, as on the command line
+            object.__setattr__(self, "objective", get_objective(self.objective)())
+        if isinstance(self.warmup, dict):
+            object.__setattr__(self, "warmup", Warmup(**self.warmup))
+        if not isinstance(self.objective, Objective):
+            raise ConfigError(f"objective is {self.objective!r}: give SoftIntroVAE(), another one, or its name")
         positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
-        not_negative(
-            lr_warmup=self.lr_warmup,
-            image_every=self.image_every,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-        )
+        counts = ("batch_size", "log_every", "lr_warmup", "image_every", "checkpoint_every")
+        whole(**{name: getattr(self, name) for name in counts})
+        not_negative(**{name: getattr(self, name) for name in counts})
+        checked_seed(self.seed)
         for name in ("steps", "epochs", "latent_dim"):
             if getattr(self, name) is not None:
                 positive(**{name: getattr(self, name)})
+                if name != "epochs":
+                    whole(**{name: getattr(self, name)})
+        if len(self.adam_betas) != 2:
+            raise ConfigError(f"adam_betas is {self.adam_betas}: give two numbers")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("steps and epochs are both given: give one of them")
         one_of(("constant", "cosine", "milestones"), lr_schedule=self.lr_schedule)
@@ -115,8 +124,8 @@ class FitConfig:
         return self.lr * factor
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in config.yaml."""
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Plain values, as they stand in config.yaml; without `out`, so that the file is a recipe."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "out"}
         cls = type(self.objective)
         known = cls.__name__ in list_objectives() and cls.__module__.startswith("introvae.")
         settings["objective"] = {
@@ -139,18 +148,21 @@ def config_parser() -> ArgumentParser:
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
     parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_argument("--settings", action=ActionConfigFile, help="a YAML file of these settings")
+    parser.add_argument("--settings", action=ActionConfigFile, help="a YAML file of these settings, as --recipe")
     parser.add_class_arguments(FitConfig, nested_key=None, as_group=False)
     return parser
 
 
-def parse_config(arguments: Sequence[str], files: Sequence[Path] = (), source: str = "") -> FitConfig:
+def parse_config(
+    arguments: Sequence[str], files: Sequence[Path] = (), source: str = "", resuming: bool = False
+) -> FitConfig:
     """A `FitConfig` from command-line words, on top of YAML files.
 
     Arguments:
         arguments: such as ["--steps", "100"].
         files: YAML files, the later ones over the earlier; the words come last.
         source: named in errors.
+        resuming: the words repeat a run's settings, so none of the file's gives way.
 
     Raises:
         ConfigError: an unknown or unreadable setting, in one line.
@@ -160,18 +172,18 @@ def parse_config(arguments: Sequence[str], files: Sequence[Path] = (), source: s
     words = [word for file in files for word in ("--settings", str(file))]
     try:
         parser = config_parser()
-        settings = parser.instantiate(parser.parse_args([*words, *giving_way(arguments)])).as_dict()
+        settings = parser.instantiate(parser.parse_args([*words, *giving_way(arguments, files, resuming)])).as_dict()
         return FitConfig(**{f.name: settings[f.name] for f in dataclasses.fields(FitConfig)})
     except (ArgumentError, TypeError, ValueError) as error:
         message = str(error) if isinstance(error, ConfigError) else _one_line(str(error))
         raise ConfigError(f"{source}: {message}" if source else message) from error
 
 
-def giving_way(words: Sequence[str]) -> list[str]:
+def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool = False) -> list[str]:
     """The words of a command, arranged so that a given setting replaces what it excludes in a recipe.
 
     Steps and epochs exclude each other, so do the two lengths of the warm-up; another network does not take a recipe's
-    network options; and the objective comes before its settings.
+    network options; and the objective comes before its settings, whole: another objective takes nothing of the file's.
     """
     words = list(words)
     given = {word.split("=")[0] for word in words}
@@ -184,15 +196,38 @@ def giving_way(words: Sequence[str]) -> list[str]:
     ):
         if one in given and other not in given:
             first.append(f"{other}={none}")
-    if "--network" in given and not any(name.startswith("--network_options") for name in given):
+    if "--network" in given and not resuming and not any(name.startswith("--network_options") for name in given):
         first.append("--network_options={}")
+    asked = None
     for index, word in enumerate(words):
         if word == "--objective" or word.startswith("--objective="):
-            count = 1 if "=" in word else 2
-            first += words[index : index + count]
-            del words[index : index + count]
+            asked = word.partition("=")[2] if "=" in word else "".join(words[index + 1 : index + 2])
+            del words[index : index + (1 if "=" in word else 2)]
             break
-    return [*first, *words]
+    return [*first, *_whole_objective(asked, files), *words]
+
+
+def _whole_objective(asked: str | None, files: Sequence[Path]) -> list[str]:
+    """The objective with all its settings, as one word: the parser alone would let it inherit those that another
+    objective, even the default one, has under the same name.
+    """
+    name, settings = SoftIntroVAE.__name__, {}
+    for file in files:
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (OSError, yaml.YAMLError):
+            content = None  # the parser will say what is wrong
+        block = content.get("objective") if isinstance(content, dict) else None
+        if isinstance(block, str):
+            block = {"class_path": block}
+        if isinstance(block, dict) and isinstance(block.get("class_path"), str):
+            name, settings = block["class_path"], block.get("init_args") or {}
+    if asked is not None and asked != name:
+        name, settings = asked, {}
+    if name not in list_objectives() or not isinstance(settings, dict):
+        return [] if asked is None else [f"--objective={asked}"]
+    defaults = {f.name: f.default for f in dataclasses.fields(get_objective(name))}  # pyright: ignore
+    return ["--objective=" + json.dumps({"class_path": name, "init_args": {**defaults, **settings}})]
 
 
 def _one_line(message: str) -> str:

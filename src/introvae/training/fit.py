@@ -20,7 +20,7 @@ from introvae.training.run import Run, default_folder
 def fit(
     config: FitConfig | None = None,
     *,
-    data: Data | Tensor | np.ndarray | None = None,
+    data: str | Path | Data | Tensor | np.ndarray | None = None,
     resume: str | Path | None = None,
     recipe: str = "auto",
     progress: bool = True,
@@ -30,7 +30,7 @@ def fit(
 
     Arguments:
         config: all settings at once; or give single ones as `settings`.
-        data: an array or data in memory, instead of the setting `data`.
+        data: the setting `data`, or an array or data in memory.
         resume: a run folder to go on with; settings given besides must equal the run's.
         recipe: settings that the given ones override: a recipe's name or file, "auto" (the recommended one for the data
             and the objective, where there is one) or "none". Not used with `config`.
@@ -142,17 +142,19 @@ def resumable(
     if {"steps", "epochs"} & (settings or {}).keys():
         base = dataclasses.replace(base, steps=None, epochs=None)
     wanted = dataclasses.replace(base, **(settings or {}))
+    if wanted.out is not None and Path(wanted.out).resolve() != run.folder.resolve():
+        raise RunError(f"a resumed run stays in its folder {run.folder}: resume without --out, or start a new run")
     refuse_differences(run, found, resolve(wanted, data))
     return Trainer(dataclasses.replace(found, device=wanted.device), data)
 
 
 def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
-    """Raise `RunError` with every setting in which `wanted` differs from the run's; device and out may."""
+    """Raise `RunError` with every setting in which `wanted` differs from the run's; the device may."""
     ours, theirs = _flat(wanted.to_dict()), _flat(found.to_dict())
     differences = [
         f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name not in ("device", "out")
+        if ours.get(name) != theirs.get(name) and name != "device"
     ]
     if differences:
         raise RunError(

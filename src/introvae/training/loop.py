@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Data, load_data
-from introvae.errors import CheckpointError, ConfigError, RunError
+from introvae.errors import CheckpointError, ConfigError, DataError, DivergedError, InterruptedRunError, RunError
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.objectives import Objective
 from introvae.step import IntrospectiveStep, Noise
@@ -45,14 +45,6 @@ class Step(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class InterruptedRunError(RunError):
-    """The run was stopped by Ctrl-C or a termination signal; its state was saved."""
-
-
-class DivergedError(RunError):
-    """The losses or weights are no longer finite."""
-
-
 class Trainer:
     """Everything that a run keeps in memory, and the loop over it.
 
@@ -69,14 +61,15 @@ class Trainer:
         self.data = load_data(config.data) if data is None else data
         self.config = config = resolve(config, self.data)
         self.device = pick_device(config.device)
-        self.steps = config.steps or DEFAULT_STEPS
+        self.steps, latent_dim = config.steps or 0, config.latent_dim or 0  # resolve() filled them in
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # of the weights; all later draws have generators of their own
+            values = "[0, 1]" if len(self.data.shape) == 3 else "unbounded"
             self.model = IntrospectiveVAE.build(
                 self.data.shape,
                 config.network,
-                config.latent_dim or 1,
-                data={"name": self.data.name, "range": "[0, 1]" if len(self.data.shape) == 3 else "unbounded"},
+                latent_dim,
+                data={"name": Path(self.data.name).name, "range": values},
                 **config.network_options,
             ).to(self.device)
         self.step = IntrospectiveStep(
@@ -85,7 +78,7 @@ class Trainer:
         self.average = averaged(self.model, config.ema)
         self.controller = Controller(config.objective, config.warmup.steps, self.steps, self.device)
         self.batches = self.data.batches(config.batch_size, config.seed)
-        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.noise = torch.Generator().manual_seed(config.seed + 1)  # on the CPU: any device can resume
         self.step_index, self.seconds = 0, 0.0
 
     def train(self, run: Run, progress: bool = True) -> Run:
@@ -179,9 +172,12 @@ class Trainer:
     @torch.no_grad()
     def _fakes(self, x: Tensor, noise: Noise) -> dict[str, Tensor]:
         """The KLs of fakes in steps that make none, for the log."""
+        self.model.eval()  # a look must not move the statistics of a batch normalisation
         z = self.model.encode(x).sample(noise.real)
         fakes = {"kl_reconstruction": z, "kl_sample": noise.prior}
-        return {name: self.model.encode(self.model.decode(z)).kl().mean() for name, z in fakes.items()}
+        kls = {name: self.model.encode(self.model.decode(z)).kl().mean() for name, z in fakes.items()}
+        self.model.train()
+        return kls
 
     def _log(self, run: Run, log: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
@@ -193,10 +189,10 @@ class Trainer:
 
     def _diverged(self, run: Run, what: str) -> DivergedError:
         checkpoints = list_checkpoints(run.checkpoints)
-        kept = f"; the last good state is {checkpoints[-1]}" if checkpoints else ""
+        kept = f" (the last good state is {checkpoints[-1]})" if checkpoints else ""
         return DivergedError(
-            f"{what} not finite at step {self.step_index} of {self.steps}: lower lr, or raise beta_neg or the length "
-            f"of the warm-up{kept}"
+            f"{what} not finite at step {self.step_index} of {self.steps}{kept}: start a new run with a lower lr, a "
+            "longer warm-up or, where the objective has one, a higher beta_neg"
         )
 
     def _picture(self, run: Run, name: str) -> None:
@@ -236,6 +232,8 @@ class Trainer:
             self.batches.load_state_dict(state["batches"])
             self.noise.set_state(state["noise"].cpu())
             self.step_index, self.seconds = state["step"], state["seconds"]
+        except DataError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if str(path) in str(error):
                 raise

@@ -67,7 +67,8 @@ class Run:
             RunError: the folder holds a run already, or cannot be made.
         """
         run = cls(folder)
-        if run.config_path.exists() or run.log_path.exists():
+        remains = (run.config_path, run.log_path, run.model_folder, run.report_path)
+        if any(path.exists() for path in remains) or any(run.checkpoints.glob("step_*.pt")):
             raise RunError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --out")
         try:
             run.images.mkdir(parents=True, exist_ok=True)
