@@ -57,6 +57,10 @@ def evaluate(
         RunError: no finished run there.
         DataError: data of another shape.
         ConfigError: an unknown metric, or one that does not apply to the data.
+
+    Example:
+        >>> evaluate("runs/digits")["metrics"]["psnr_db"]["value"]  # doctest: +SKIP
+        18.1
     """
     run = run if isinstance(run, Run) else Run.open(run)
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)

@@ -22,6 +22,10 @@ class Noise(NamedTuple):
         prior: `[N, Z]`, the latents z_p of the samples.
         fakes: `[2N, Z]`, for the fakes' latents (reconstructions, then samples) in the encoder's phase.
         again: `[2N, Z]`, for the fakes' latents in the decoder's phase.
+
+    Example:
+        >>> Noise.draw(8, latent_dim=2).fakes.shape
+        torch.Size([16, 2])
     """
 
     real: Tensor

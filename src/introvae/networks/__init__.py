@@ -27,7 +27,12 @@ _NETWORKS: dict[str, Builder] = {
 
 
 def list_networks() -> list[str]:
-    """Names of all registered networks."""
+    """Names of all registered networks.
+
+    Example:
+        >>> list_networks()[:2]
+        ['mlp', 'conv']
+    """
     return list(_NETWORKS)
 
 
@@ -35,6 +40,11 @@ def register_network(name: str, builder: Builder) -> None:
     """Make `builder(shape, latent_dim, **options) -> (encoder, decoder)` known under `name`.
 
     A model that is built from a registered name can be saved and loaded; any other pair of modules works for training.
+
+    Arguments:
+        name: for `--network` and `IntrospectiveVAE.build`.
+        builder: called with the shape of one sample and Z; its keyword-only parameters are the network's options. The
+            encoder takes `[N, *shape]` and gives mean and log-variance, each `[N, Z]`; the decoder goes back.
 
     Raises:
         ConfigError: the name is taken.

@@ -42,7 +42,7 @@ class Judged:
     def rec(self) -> Tensor:
         """Squared error of the reconstruction, `[N]`, summed over pixels."""
         if self.reconstruction_error is None:
-            raise RuntimeError("this loss reads fake.rec, which its objective's `*_reads` does not declare")
+            raise RuntimeError("this loss reads fake.rec, which its objective's `reads_*` do not declare")
         return self.reconstruction_error
 
 
@@ -50,8 +50,17 @@ class Objective:
     """Base of all objectives: a frozen dataclass of settings with one loss for each player.
 
     A new objective is a new file beside this one. It overrides `encoder_loss` and `decoder_loss`, names in
-    `*_reads` the terms beyond `real.rec`, `real.kl` and the fakes' `kl` that a loss reads (the step computes no
+    `reads_*` the terms beyond `real.rec`, `real.kl` and the fakes' `kl` that a loss reads (the step computes no
     other), and in `tunable` the settings that may change during a run and reach the losses through `values`.
+
+    Example:
+        >>> class Plain(Objective):
+        ...     adversarial = False
+        ...
+        ...     def encoder_loss(self, real, fakes, values):
+        ...         return (real.rec + real.kl).mean()
+        >>> Plain().values()
+        {}
     """
 
     adversarial: ClassVar[bool] = True
@@ -115,6 +124,10 @@ class Warmup:
         ConfigError: a setting is out of range, or steps and share are both given.
 
     Source: `num_vae` in Soft-IntroVAE's code; IntroVAE (2018), Sec. 4.1 and App. D.
+
+    Example:
+        >>> Warmup(share=0.1, beta_kl=0.05).resolved(steps=2000).steps
+        200
     """
 
     steps: int = 0
