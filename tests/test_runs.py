@@ -42,6 +42,7 @@ from introvae.errors import DivergedError
 from introvae.objectives import get_objective, list_objectives
 from introvae.training.checkpoint import KEEP, list_checkpoints
 from introvae.training.config import list_recipes, load_config, parse_config, recipe_path
+from introvae.training.fit import config_for
 from introvae.training.loop import Trainer
 from introvae.training.run import default_folder
 
@@ -663,3 +664,11 @@ def test_settings_of_a_wrong_kind_are_refused_from_python(settings: dict[str, An
     with pytest.raises(ConfigError, match=message):
         FitConfig(**settings)
     assert FitConfig(objective="VAE", warmup={"share": 0.1}).objective == VAE()  # pyright: ignore
+
+
+def test_the_name_of_the_recipe_s_objective_keeps_its_settings_from_python_too() -> None:
+    recommended = config_for("auto", {"data": "digits"}).objective
+    assert recommended != SoftIntroVAE()
+    assert config_for("auto", {"data": "digits", "objective": "SoftIntroVAE"}).objective == recommended
+    assert config_for("auto", {"data": "digits", "objective": SoftIntroVAE()}).objective == SoftIntroVAE()
+    assert config_for("digits-softintrovae", {"objective": "IntroVAE"}).objective == get_objective("IntroVAE")()

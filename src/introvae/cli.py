@@ -162,7 +162,7 @@ def _report(run: Run, **options: Any) -> None:
         print(f"training took {report['training_seconds']:.0f} s for {report['steps']} steps")
     print(table(report, options.get("metrics", ())))
     picture = run.folder / report["picture"]
-    report_path = run.folder / picture.with_suffix(".json").name.replace("evaluation", "report")
+    report_path = run.folder / picture.with_suffix(".json").name.replace("evaluation", "report", 1)
     print(f"report   {report_path}\npicture  {picture}")
 
 

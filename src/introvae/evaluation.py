@@ -78,11 +78,8 @@ def evaluate(
     for name in metrics:
         if name not in found:
             raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found)}")
-    suffix = (
-        ""
-        if loaded.name == config.data
-        else "-" + (re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data")
-    )
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data"
+    suffix = "" if loaded.name == config.data else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
     before = json.loads(path.read_text())["metrics"] if metrics and path.is_file() else {}
     rows = run.log()
@@ -113,12 +110,10 @@ def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(data, DensityData):
         return _plane(model, data.density, generator)
-    if len(data.shape) == 3:
-        found = _reconstruction(model, data)
-        if len(data.heldout) > NEIGHBOURS and data.train.x[0].numel() <= MAX_PIXELS:
-            found |= _samples(model, data, generator)
-        return found
-    return _vectors(model, data)
+    found = _reconstruction(model, data)
+    if len(data.shape) == 3 and len(data.heldout) > NEIGHBOURS and data.train.x[0].numel() <= MAX_PIXELS:
+        found |= _samples(model, data, generator)
+    return found
 
 
 def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator) -> Metrics:
@@ -188,18 +183,16 @@ def _reconstruction(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
     x = data.heldout.tensor()
     y = _batched(model.reconstruct, x, model)
     kl = _batched(lambda part: model.encode(part).kl(), x, model)
-    protocol = f"{len(x)} held-out images, z = mode, evaluation mode, averaged weights; mean and std over images"
-    sigma = reconstruction.ssim_sigma(min(x.shape[2:]))
-    window = f"Gaussian window with sigma {sigma}, all pixels, mirrored border"
-    values = {
-        "mse": (reconstruction.mse(x, y), protocol),
-        "psnr_db": (reconstruction.psnr_db(x, y), protocol),
-        "ssim": (
-            reconstruction.ssim(x, y),
-            f"{protocol}; {window}",
-        ),
-        "kl_real_nats": (kl, protocol),
-    }
+    images = x.ndim == 4
+    kind, mode = ("images", "evaluation mode, ") if images else ("vectors", "")
+    protocol = f"{len(x)} held-out {kind}, z = mode, {mode}averaged weights; mean and std over {kind}"
+    values = {"mse": (reconstruction.mse(x, y), protocol)}
+    if images:
+        sigma = reconstruction.ssim_sigma(min(x.shape[2:]))
+        window = f"Gaussian window with sigma {sigma}, all pixels, mirrored border"
+        values["psnr_db"] = reconstruction.psnr_db(x, y), protocol
+        values["ssim"] = reconstruction.ssim(x, y), f"{protocol}; {window}"
+    values["kl_real_nats"] = kl, protocol
     return {name: _entry(value.tolist(), len(x), text) for name, (value, text) in values.items()}
 
 
@@ -241,17 +234,6 @@ def _samples(model: IntrospectiveVAE, data: ArrayData, generator: torch.Generato
         entropies, n, f"at most {judge.max_entropy_nats:.3f}; {protocol}", floor=judge.class_entropy_nats(real)
     )
     return found
-
-
-def _vectors(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
-    x = data.heldout.tensor()
-    y = _batched(model.reconstruct, x, model)
-    kl = _batched(lambda part: model.encode(part).kl(), x, model)
-    protocol = f"{len(x)} held-out vectors, z = mode, averaged weights; mean and std over vectors"
-    return {
-        "mse": _entry(reconstruction.mse(x, y).tolist(), len(x), protocol),
-        "kl_real_nats": _entry(kl.tolist(), len(x), protocol),
-    }
 
 
 @torch.no_grad()

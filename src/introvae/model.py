@@ -169,7 +169,7 @@ class IntrospectiveVAE(nn.Module):
         without its constant.
         """
         posterior = self.encode(x)
-        error = (x - self.decode(posterior.sample(noise, generator))).square().flatten(1).sum(dim=1)
+        error = squared_error(x, self.decode(posterior.sample(noise, generator)))
         return -(beta_rec * error + beta_kl * posterior.kl())
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -228,6 +228,11 @@ class IntrospectiveVAE(nn.Module):
         check_state(tensors, model.state_dict(), str(path))
         model.load_state_dict(tensors)
         return model.eval()
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """Squared error of each sample, `[N]`, summed over pixels and channels."""
+    return (x - y).square().flatten(1).sum(dim=1)
 
 
 def check_state(found: dict[str, Tensor], expected: dict[str, Tensor], path: str) -> None:

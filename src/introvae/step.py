@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from introvae.errors import CheckpointError, positive
 from introvae.gaussian import DiagonalGaussian
-from introvae.model import IntrospectiveVAE
+from introvae.model import IntrospectiveVAE, squared_error
 from introvae.objectives import Judged, Objective, Values, Warmup
 
 
@@ -247,11 +247,6 @@ def _check_moments(state: Mapping[str, Any], params: list[nn.Parameter], name: s
         for moment in ("exp_avg", "exp_avg_sq"):
             if found[moment].shape != parameter.shape or found[moment].dtype != parameter.dtype:
                 raise CheckpointError(f"{name}: {moment} {index} does not fit its weight: it is another network's")
-
-
-def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Squared error of each sample, `[N]`, summed over pixels and channels."""
-    return (x - y).square().flatten(1).sum(dim=1)
 
 
 def _record(

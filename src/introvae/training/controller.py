@@ -23,10 +23,10 @@ class Controller:
 
     def __init__(self, objective: Objective, warmup_steps: int, steps: int, device: torch.device | str) -> None:
         self.objective, self.warmup_steps, self.steps = objective, warmup_steps, steps
+        self._last = objective.values(0.0)
         self.values: dict[str, Tensor] = {
-            name: torch.tensor(value, device=device) for name, value in objective.values(0.0).items()
+            name: torch.tensor(value, device=device) for name, value in self._last.items()
         }
-        self._last = dict(objective.values(0.0))
 
     def progress(self, step: int) -> float:
         """Share of the adversarial steps done before step `step`, in [0, 1]."""

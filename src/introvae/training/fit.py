@@ -83,6 +83,8 @@ def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
         name = recommended_recipe(bare.data, type(bare.objective).__name__)
         recipe = name or "none"
     base = FitConfig() if recipe == "none" else load_config(recipe_path(recipe))
+    if settings.get("objective") == type(base.objective).__name__:
+        settings = {name: value for name, value in settings.items() if name != "objective"}  # a name keeps its settings
     if "steps" in settings or "epochs" in settings:
         base = dataclasses.replace(base, steps=None, epochs=None)
     if "network" in settings:

@@ -235,7 +235,7 @@ class Trainer:
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            if str(path) in str(error):
+            if str(path) in str(error):  # from check_state: it says all there is to say
                 raise
             raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
 

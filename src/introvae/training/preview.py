@@ -47,6 +47,4 @@ def preview(model: IntrospectiveVAE, data: Data, path: Path) -> Path | None:
 def negative_elbo(model: IntrospectiveVAE, x: Tensor) -> Tensor:
     """Squared error plus KL of points `[N, 2]` with z the posterior's mean, `[N]`, on the CPU."""
     x = x.to(model.device)
-    posterior = model.encode(x)
-    error = (x - model.decode(posterior.mode)).square().sum(dim=1)
-    return (error + posterior.kl()).cpu()
+    return -model.elbo(x, noise=x.new_zeros(len(x), model.latent_dim)).cpu()
