@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +24,29 @@ Introspective variational autoencoders: train, measure and use them.
 
 commands:
   fit           train a model and leave everything in a run folder
-  evaluate      measure a run: report.json and a table
-  sample        draw new images or points from a run's model
-  reconstruct   encode images and decode them again
+  evaluate      measure a run: report.html with pictures, report.json, a table
+  sample        draw new images, rows or points from a run's model
+  reconstruct   encode images or rows and decode them again
+  interpolate   the way between two images through the latent space
   recipes       list the settings that come with the package
+  doctor        what this machine has, and what will be used; clears the cache
 
 introvae COMMAND --help explains each; introvae --version prints the version.
 
 example:
-  introvae fit --data digits --out runs/digits
-  introvae evaluate runs/digits
-  introvae sample runs/digits -n 64 -o samples.png
+  introvae fit --data FOLDER --size 64 --out runs/mine
+  introvae evaluate runs/mine
+  introvae sample runs/mine -n 64 -o samples.png
 """
 
 FIT_EXAMPLE = """example:
   introvae fit --data digits --objective SoftIntroVAE --objective.beta_neg 32 --steps 2000 --out runs/digits
-  introvae fit --resume runs/digits
+  introvae fit --data FOLDER --size 64 --fit crop --out runs/mine
+  introvae fit --data wine.csv --drop id,name --out runs/wine
+  introvae fit --resume runs/mine
 
---data: digits, density:8gaussians|2spirals|checkerboard|rings, a .parquet or .npy file, a folder of Parquet files.
+--data: a folder of images (sub-folders are classes) or of NIfTI scans, a .parquet file or a folder of them, a .npy or
+.npz file, a .csv table, owner/name on the hub, digits, density:8gaussians|2spirals|checkerboard|rings.
 Settings come from the recommended recipe of the data and objective, where there is one; those given here override it.
 Words in option names may be joined by - or _. --objective.help NAME lists the settings of an objective.
 """
@@ -49,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after one clear line on standard error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(words)
+        with _speaking():
+            _run(words)
         sys.stdout.flush()
     except IntrovaeError as error:
         return _fail(str(error))
@@ -58,6 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `introvae ... | head`: nothing more can be said there, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """What the package has to say goes to standard output, as plain lines."""
+    log, handler = logging.getLogger("introvae"), logging.StreamHandler(sys.stdout)
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def _run(words: list[str]) -> None:
@@ -140,9 +164,9 @@ def _evaluate(words: list[str]) -> None:
     from introvae.training.run import Run
 
     example = "example:\n  introvae evaluate runs/digits --metrics psnr_db,ssim"
-    parser = _parser("evaluate", "Measure a run: writes report.json and a picture into it.", example)
+    parser = _parser("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
     parser.add_argument("run", help="the run folder")
-    parser.add_argument("--data", help="other data of the same shape")
+    parser.add_argument("--data", help="other data; they are prepared as those of the run were")
     parser.add_argument("--metrics", default="", help="names of the ones to report, joined by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     own = parser.parse_args(words)
@@ -157,29 +181,33 @@ def _evaluate(words: list[str]) -> None:
 def _report(run: Run, **options: Any) -> None:
     from introvae.evaluation import evaluate, table
 
+    if options.get("data") is None:
+        logging.getLogger("introvae").setLevel(logging.WARNING)  # fit said it all of these data
     report = evaluate(run, **options)
     if report["training_seconds"] is not None:
         print(f"training took {report['training_seconds']:.0f} s for {report['steps']} steps")
     print(table(report, options.get("metrics", ())))
     picture = run.folder / report["picture"]
     report_path = run.folder / picture.with_suffix(".json").name.replace("evaluation", "report", 1)
-    print(f"report   {report_path}\npicture  {picture}")
+    print(f"report   {report_path}\npage     {report_path.with_suffix('.html')}\npicture  {picture}")
 
 
 def _sample(words: list[str]) -> None:
     import torch
 
     from introvae.errors import checked_seed, positive
+    from introvae.exchange import write_samples
     from introvae.training.run import Run
 
     example = (
-        "example:\n  introvae sample runs/digits -n 64 -o samples.png\n  introvae sample runs/digits -n 64 -o folder"
+        "example:\n  introvae sample runs/digits -n 64 -o samples.png\n  introvae sample runs/digits -n 64 -o folder\n"
+        "  introvae sample runs/wine -n 1000 -o samples.csv"
     )
-    parser = _parser("sample", "Draw new images or points from a run's model.", example)
+    parser = _parser("sample", "Draw new images, rows or points from a run's model.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("-n", "--number", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
-        "-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder for single images"
+        "-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, FILE.csv, or a folder for single images"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
     own = parser.parse_args(words)
@@ -187,85 +215,104 @@ def _sample(words: list[str]) -> None:
     model = Run.open(own.run).model()
     generator = torch.Generator().manual_seed(checked_seed(own.seed))
     parts = [model.sample(min(256, own.number - start), generator) for start in range(0, own.number, 256)]
-    print(_write(torch.cat(parts), Path(own.output), [f"sample_{i:05d}.png" for i in range(own.number)]))
+    names = [f"sample_{i:05d}.png" for i in range(own.number)]
+    print(write_samples(torch.cat(parts), Path(own.output), names, model=model))
 
 
 def _reconstruct(words: list[str]) -> None:
     import torch
 
+    from introvae.exchange import read_samples, write_samples
     from introvae.pictures import stack_columns
     from introvae.training.run import Run
 
-    example = "example:\n  introvae reconstruct runs/mnist a.png b.png -o pairs.png"
-    parser = _parser("reconstruct", "Encode images and decode them again.", example)
+    example = (
+        "example:\n  introvae reconstruct runs/mine a.png b.png -o pairs.png\n"
+        "  introvae reconstruct runs/wine table.csv -o again.csv"
+    )
+    parser = _parser("reconstruct", "Encode images or the rows of a table and decode them again.", example)
     parser.add_argument("run", help="the run folder")
-    parser.add_argument("images", nargs="+", help="image files of the model's size")
+    parser.add_argument("images", nargs="+", help="image files or scans, prepared as the run's were; or a table")
     parser.add_argument(
-        "-o", "--output", required=True, help="FILE.png (image and reconstruction side by side), FILE.npy or a folder"
+        "-o",
+        "--output",
+        required=True,
+        help="FILE.png (image and reconstruction side by side), FILE.npy, FILE.csv, a folder",
     )
     own = parser.parse_args(words)
     model = Run.open(own.run).model()
-    x = torch.stack([_read_image(Path(name), model.shape or ()) for name in own.images])
+    x, found = read_samples(model, own.images)
     y = torch.cat([model.reconstruct(part) for part in x.split(256)])
     output = Path(own.output)
     if output.suffix == ".png":
-        print(_write(stack_columns([x, y]), output, [], columns=2 * max(1, min(8, round(len(x) ** 0.5)))))
+        print(write_samples(stack_columns([x, y]), output, [], columns=2 * max(1, min(8, round(len(x) ** 0.5)))))
     else:
-        names = [f"{i:05d}_{Path(name).stem}.png" for i, name in enumerate(own.images)]
-        print(_write(y, output, names))
+        names = [f"{i:05d}_{Path(name).stem}.png" for i, name in enumerate(found)]
+        print(write_samples(y, output, names, model=model))
 
 
-def _read_image(path: Path, shape: tuple[int, ...]) -> Any:
-    import numpy as np
-    import torch
-    from PIL import Image
+def _interpolate(words: list[str]) -> None:
+    from introvae.errors import positive
+    from introvae.exchange import read_samples, write_samples
+    from introvae.training.run import Run
 
-    from introvae.data.images import to_eight_bit
+    example = (
+        "example:\n  introvae interpolate runs/mine a.png b.png -o way.png\n"
+        "  introvae interpolate runs/mine a.png b.png --steps 16 --spherical -o folder"
+    )
+    parser = _parser("interpolate", "The way between two images (or scans) through the latent space, decoded.", example)
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("start", help="the image to start from")
+    parser.add_argument("end", help="the image to end at")
+    parser.add_argument("--steps", type=int, default=9, help="how many images, both ends included (default: 9)")
+    parser.add_argument("--spherical", action="store_true", help="along the great circle instead of the straight line")
+    parser.add_argument("-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder")
+    own = parser.parse_args(words)
+    positive(steps=own.steps)
+    model = Run.open(own.run).model()
+    starts, ends = (read_samples(model, [name])[0] for name in (own.start, own.end))
+    if len(starts) != len(ends):
+        raise DataError(f"{own.start} has {len(starts)} slices and {own.end} {len(ends)}: give two of one kind")
+    ways = model.interpolate(starts, ends, own.steps, own.spherical)
+    names = [f"way_{i:03d}_{j:03d}.png" for i in range(len(ways)) for j in range(own.steps)]
+    print(write_samples(ways.flatten(0, 1), Path(own.output), names, columns=own.steps, model=model))
 
-    if len(shape) != 3:
-        raise DataError(f"the model takes vectors of shape {shape}, not images: use a model of images")
-    try:
-        with Image.open(path) as image:
-            array = np.asarray(to_eight_bit(image, str(path)).convert("L" if shape[0] == 1 else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: SyntaxError for a broken PNG
-        raise DataError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from error
-    if array.shape[:2] != shape[1:]:
-        raise DataError(
-            f"{path} is {array.shape[1]} x {array.shape[0]} pixels, the model takes {shape[2]} x {shape[1]}: resize it"
-        )
-    x = torch.from_numpy(array.copy())
-    return (x[None] if x.ndim == 2 else x.permute(2, 0, 1)).float() / 255
 
+def _doctor(words: list[str]) -> None:
+    parser = _parser(
+        "doctor",
+        "What this machine has, and what will be used.",
+        "example:\n  introvae doctor\n  introvae doctor --clear-cache",
+    )
+    parser.add_argument("--clear_cache", "--clear-cache", action="store_true", help="drop the decoded images")
+    own = parser.parse_args(words)
+    from introvae.data import cache
 
-def _write(x: Any, output: Path, names: list[str], columns: int | None = None) -> Path:
-    """Samples as one picture, as an array, or as one picture each in a folder; returns where."""
-    import io
+    if own.clear_cache:
+        print(f"freed {cache.clear_cache() / 1e6:,.1f} MB in {cache.cache_folder()}")
+        return
+    from introvae.extras import missing_extras
+    from introvae.machine import hardware, versions
+    from introvae.training.loop import pick_device
 
-    import numpy as np
-
-    from introvae.files import write_atomically
-    from introvae.pictures import image_grid, plane_figure, save_picture, to_pil
-
-    if not str(output).strip("."):
-        raise ConfigError("the output has no name: give FILE.png, FILE.npy or a folder")
-    try:
-        if output.suffix == ".npy":
-            buffer = io.BytesIO()
-            np.save(buffer, x.numpy())
-            write_atomically(output, buffer.getvalue())
-        elif x.ndim == 4 and output.suffix == ".png":
-            save_picture(image_grid(x, columns), output)
-        elif x.ndim == 4 and (not output.suffix or output.is_dir()):
-            for image, name in zip(x, names, strict=True):
-                save_picture(to_pil(image), output / name)
-        elif x.ndim == 2 and x.shape[1] == 2 and output.suffix == ".png":
-            save_picture(plane_figure({"sample": x}, {}, float(x.abs().max()) * 1.05), output)
-        else:
-            kinds = "FILE.png, FILE.npy or a folder" if x.ndim == 4 else "FILE.npy (or FILE.png in the plane)"
-            raise ConfigError(f"cannot write {output}: give {kinds}")
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written ({error}): choose another -o") from error
-    return output
+    chosen = [
+        ("--device auto", str(pick_device("auto"))),
+        ("--network auto", "conv for images, mlp for points, vectors and tables"),
+        ("--recipe auto", "the recommended settings for data and objective (introvae recipes lists them)"),
+        ("precision", "float32"),
+    ]
+    kept = [
+        ("folder", str(cache.cache_folder())),
+        ("size", f"{cache.cache_bytes() / 1e6:,.1f} MB, introvae doctor --clear-cache frees it"),
+    ]
+    for title, rows in (
+        ("machine", hardware()),
+        ("versions", versions()),
+        ("what auto chooses", chosen),
+        ("extras", missing_extras()),
+        ("cache of decoded images", kept),
+    ):
+        print(f"{title}\n" + "".join(f"  {name:<20} {value}\n" for name, value in rows))
 
 
 def _recipes(words: list[str]) -> None:
@@ -305,6 +352,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "sample": _sample,
     "reconstruct": _reconstruct,
+    "interpolate": _interpolate,
     "recipes": _recipes,
+    "doctor": _doctor,
 }
 """The functions behind the commands, in the order in which the help lists them."""

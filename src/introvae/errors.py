@@ -12,6 +12,7 @@ __all__ = [
     "DivergedError",
     "InterruptedRunError",
     "IntrovaeError",
+    "MissingExtraError",
     "RunError",
 ]
 
@@ -26,6 +27,10 @@ class ConfigError(IntrovaeError, ValueError):
 
 class DataError(IntrovaeError, ValueError):
     """The data cannot be read or are not what a model takes."""
+
+
+class MissingExtraError(IntrovaeError, ImportError):
+    """A library that only an extra brings is not installed."""
 
 
 class RunError(IntrovaeError, RuntimeError):

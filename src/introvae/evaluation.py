@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from introvae.data import ArrayData, Data, Density, DensityData, load_data
+from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, load_data, preparation_from
 from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
-from introvae.metrics import classifier, histogram, manifold, reconstruction
+from introvae.machine import versions
+from introvae.measures import METRICS, batched, measure
+from introvae.metrics import reconstruction
 from introvae.model import IntrospectiveVAE
-from introvae.training.preview import negative_elbo, preview
+from introvae.pictures import save_picture
+from introvae.report import figures
+from introvae.report.page import render
+from introvae.training.config import FitConfig
+from introvae.training.preview import preview
 from introvae.training.run import Run
 
-POINTS, NATS_POINTS, ENERGY_POINTS, REPEATS = 5000, 100_000, 2000, 5
-SAMPLES, REFERENCE, NEIGHBOURS = 500, 2000, 3
-GNELBO_POINTS = 100 * 512
-MAX_PIXELS = 32 * 32 * 3
-"""Largest image that the pixel classifier and the pixel manifold are used on."""
-
-METRICS = [
-    *("kl_soft_introvae", "jsd_soft_introvae", "kl_nats", "jsd_nats", "energy_distance", "modes"),
-    *("share_within_3_sigma", "gnelbo", "mse", "psnr_db", "ssim", "kl_real_nats"),
-    *("precision_pixels", "recall_pixels", "confident_share", "class_entropy_nats"),
-]
-
-Metrics = dict[str, dict[str, Any]]
+WORST = 10
+"""How many of the worst reconstructions the report names."""
 
 
 def evaluate(
     run: Run | str | Path, *, data: str | Path | Data | None = None, metrics: str | Sequence[str] = (), seed: int = 0
 ) -> dict[str, Any]:
-    """Measure a finished run's model, write `report.json` and `images/evaluation.png` into its folder.
+    """Measure a finished run's model; write `report.json`, `report.html` and pictures into its folder.
 
-    With other data, the files are `report-DATA.json` and `images/evaluation-DATA.png`.
+    With other data, the files are `report-DATA.json`, `report-DATA.html` and `images/evaluation-DATA.png`.
 
     Arguments:
         run: the run or its folder.
-        data: other data of the same shape than the run was trained on.
+        data: other data than the run was trained on; they are prepared as those were.
         metrics: names of the ones to report; all that apply by default. The others of an earlier report stay in it.
         seed: of all draws.
 
     Returns:
-        `{"run": folder, "data": name, "picture": file, "metrics": {name: {"value", "std", "n", "protocol", "floor"}}}`;
-        keys that do not apply are left out. "floor" is what a perfect sampler, or held-out real images in the samples'
-        place, score.
+        What stands in report.json: `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol",
+        "floor"}}, "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left
+        out. "floor" is what a perfect sampler, or held-out real images in the samples' place, score.
 
     Raises:
         RunError: no finished run there.
@@ -69,11 +63,7 @@ def evaluate(
             raise unknown("metric", name, METRICS)
     checked_seed(seed)
     config, model = run.config(), run.model()
-    loaded = load_data(config.data if data is None else data)
-    if loaded.shape != model.shape:
-        raise DataError(
-            f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}: give data of that shape"
-        )
+    loaded = _load(config, model, data)
     found = measure(model, loaded, seed)
     for name in metrics:
         if name not in found:
@@ -83,7 +73,7 @@ def evaluate(
     path = run.report_path.with_stem(run.report_path.stem + suffix)
     before = json.loads(path.read_text())["metrics"] if metrics and path.is_file() else {}
     rows = run.log()
-    report = {
+    report: dict[str, Any] = {
         "run": str(run.folder),
         "data": loaded.name,
         "objective": type(config.objective).__name__,
@@ -93,161 +83,76 @@ def evaluate(
         "picture": f"images/evaluation{suffix}.png",
         "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }
+    if isinstance(loaded, ArrayData):
+        report |= {"train": len(loaded.train), "heldout": len(loaded.heldout)}
+    if isinstance(loaded, ArrayData) and loaded.intake is not None:
+        report["intake"] = loaded.intake.to_dict()
     try:
+        report |= _draw(run, model, loaded, report["picture"], rows if not suffix else [])
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-        preview(model, loaded, run.folder / report["picture"])
+        page = render({"worst": [], "intake": None, **report}, run.folder, run.config_path.read_text(), versions())
+        write_atomically(path.with_suffix(".html"), page.encode())
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
     return report
 
 
-def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
-    """All metrics that apply to this data, of a model in evaluation mode.
-
-    Raises:
-        DataError: the model makes values that are not finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(data, DensityData):
-        return _plane(model, data.density, generator)
-    found = _reconstruction(model, data)
-    if len(data.shape) == 3 and len(data.heldout) > NEIGHBOURS and data.train.x[0].numel() <= MAX_PIXELS:
-        found |= _samples(model, data, generator)
-    return found
-
-
-def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator) -> Metrics:
-    def real(n: int) -> Tensor:
-        return density.sample(n, generator)
-
-    def fake(n: int) -> Tensor:
-        return torch.cat([model.sample(min(n - start, 10_000), generator) for start in range(0, n, 10_000)]).cpu()
-
-    def compared(
-        metric: Callable[[Tensor, Tensor], tuple[float, ...]],
-        names: tuple[str, ...],
-        n: int,
-        repeats: int,
-        protocol: str,
-    ) -> Metrics:
-        ours = [metric(real(n), fake(n)) for _ in range(repeats)]
-        perfect = [metric(real(n), real(n)) for _ in range(repeats)]
-        return {
-            name: _entry([o[i] for o in ours], n, protocol, floor=statistics.fmean(p[i] for p in perfect))
-            for i, name in enumerate(names)
-        }
-
-    def square(metric: Callable[[Tensor, Tensor, float], tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
-        return lambda a, b: metric(a, b, density.extent)
-
-    bins = f"{histogram.BINS} x {histogram.BINS} bins on [-{density.extent:g}, {density.extent:g}]^2"
-    found = compared(
-        square(histogram.soft_introvae_kl_jsd),
-        ("kl_soft_introvae", "jsd_soft_introvae"),
-        POINTS,
-        REPEATS,
-        f"soft_introvae: {bins}, {POINTS} real and {POINTS} generated points, {REPEATS} draws, in no unit",
-    )
-    found |= compared(
-        square(histogram.kl_jsd_nats),
-        ("kl_nats", "jsd_nats"),
-        NATS_POINTS,
-        1,
-        f"normalised histograms, {bins} and one outside, {NATS_POINTS} points each; half a point added to each of the "
-        "samples' bins for the KL",
-    )
-    found |= compared(
-        lambda a, b: (histogram.energy_distance(a, b),),
-        ("energy_distance",),
-        ENERGY_POINTS,
-        REPEATS,
-        f"unbiased two-sample energy distance, {ENERGY_POINTS} points each, {REPEATS} draws",
-    )
-    if density.modes is not None and density.sigma is not None:
-        modes, sigma = density.modes, density.sigma
-        found |= compared(
-            lambda a, b: histogram.mode_coverage(b, modes, sigma),
-            ("modes", "share_within_3_sigma"),
-            POINTS,
-            REPEATS,
-            f"{POINTS} samples, {REPEATS} draws; of {len(modes)} modes, found when a tenth of a mode's fair share lies "
-            "within 3 sigma",
+def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | None) -> Data:
+    """The run's data or others, prepared as the model's were."""
+    prepared = preparation_from(model.config["data"]) if model.config else None
+    loaded = load_data(config.data, config) if data is None else None
+    if loaded is None or (isinstance(loaded, ArrayData) and loaded.preparation != prepared):
+        options = DataOptions(**{name: getattr(config, name) for name in DATA_OPTIONS})
+        if data is not None:  # a pattern or column of the run's data need not be there
+            options = dataclasses.replace(options, group=None, label=None, columns=(), drop=())
+        loaded = load_data(config.data if data is None else data, options, prepared)
+    if loaded.shape != model.shape:
+        raise DataError(
+            f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}: give data of that shape"
         )
-    value = histogram.gnelbo(lambda x: negative_elbo(model, x), real(GNELBO_POINTS), density.extent)
-    protocol = f"soft_introvae: betas 1, z = mean, 1024 x 1024 grid and {GNELBO_POINTS} data points"
-    found["gnelbo"] = _entry([value], GNELBO_POINTS, protocol)
-    return found
-
-
-def _reconstruction(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
-    x = data.heldout.tensor()
-    y = _batched(model.reconstruct, x, model)
-    kl = _batched(lambda part: model.encode(part).kl(), x, model)
-    images = x.ndim == 4
-    kind, mode = ("images", "evaluation mode, ") if images else ("vectors", "")
-    protocol = f"{len(x)} held-out {kind}, z = mode, {mode}averaged weights; mean and std over {kind}"
-    values = {"mse": (reconstruction.mse(x, y), protocol)}
-    if images:
-        sigma = reconstruction.ssim_sigma(min(x.shape[2:]))
-        window = f"Gaussian window with sigma {sigma}, all pixels, mirrored border"
-        values["psnr_db"] = reconstruction.psnr_db(x, y), protocol
-        values["ssim"] = reconstruction.ssim(x, y), f"{protocol}; {window}"
-    values["kl_real_nats"] = kl, protocol
-    return {name: _entry(value.tolist(), len(x), text) for name, (value, text) in values.items()}
-
-
-def _samples(model: IntrospectiveVAE, data: ArrayData, generator: torch.Generator) -> Metrics:
-    heldout, train = data.heldout[slice(REFERENCE)], data.train
-    reference = train[torch.randperm(len(train), generator=generator)[:REFERENCE]]
-    n = SAMPLES
-    draws = [
-        _batched(model.decode, torch.randn(n, model.latent_dim, generator=generator), model) for _ in range(REPEATS)
-    ]
-    real = heldout.tensor()
-    others = reference.tensor()[:n]
-    scores = [manifold.precision_recall(real, x, NEIGHBOURS) for x in draws]
-    floor = manifold.precision_recall(real, others, NEIGHBOURS)
-    protocol = (
-        f"{n} samples, {REPEATS} draws, {len(real)} held-out images, k = {NEIGHBOURS} neighbours in pixel space; "
-        f"floor: {len(others)} training images in the samples' place"
-    )
-    found = {
-        name: _entry([score[i] for score in scores], n, protocol, floor=floor[i])
-        for i, name in enumerate(("precision_pixels", "recall_pixels"))
-    }
-    if reference.labels is None:
-        return found
-    reference = reference[reference.labels >= 0]  # -1: not labelled
-    if reference.labels is None or len(reference.labels.unique()) < 2:
-        return found
-    judge = classifier.PixelClassifier.fit(reference.tensor(), reference.labels)
-    protocol = (
-        f"{n} samples, {REPEATS} draws, logistic regression on the pixels of {len(reference)} training images; "
-        f"floor: {len(real)} held-out images in the samples' place"
-    )
-    shares = [judge.confident_share(x) for x in draws]
-    entropies = [judge.class_entropy_nats(x) for x in draws]
-    found["confident_share"] = _entry(
-        shares, n, f"class probability >= {classifier.CONFIDENT}; {protocol}", floor=judge.confident_share(real)
-    )
-    found["class_entropy_nats"] = _entry(
-        entropies, n, f"at most {judge.max_entropy_nats:.3f}; {protocol}", floor=judge.class_entropy_nats(real)
-    )
-    return found
+    return loaded
 
 
 @torch.no_grad()
-def _batched(function: Callable[[Tensor], Tensor], x: Tensor, model: IntrospectiveVAE, size: int = 256) -> Tensor:
-    return torch.cat([function(part.to(model.device)).cpu() for part in x.split(size)])
+def _draw(run: Run, model: IntrospectiveVAE, data: Data, overview: str, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report's pictures, drawn into the run's folder; their places, and what else only they were computed for."""
+    folder = run.folder
+    place = Path(overview)
+    drawn: dict[str, str] = {}
+    more: dict[str, Any] = {}
 
+    def draw(name: str, picture: Any) -> None:
+        relative = place.with_stem(f"{place.stem}-{name}")
+        save_picture(picture, folder / relative)
+        drawn[name] = relative.as_posix()
 
-def _entry(values: list[float], n: int, protocol: str, floor: float | None = None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"value": statistics.fmean(values), "n": n, "protocol": protocol}
-    if len(values) > 1:
-        entry["std"] = statistics.stdev(values)
-    if floor is not None:
-        entry["floor"] = floor
-    return entry
+    if preview(model, data, folder / place) is not None:
+        drawn["overview"] = overview
+    if isinstance(data, ArrayData):
+        x, images = data.heldout.tensor(), len(data.shape) == 3
+        y = batched(model.reconstruct, x, model)
+        errors = reconstruction.mse(x, y)
+        order = errors.argsort().tolist()
+        names = data.heldout.names or [f"held-out {row}" for row in range(len(x))]
+        more["worst"] = [{"name": names[row], "mse": errors[row].item()} for row in reversed(order[-WORST:])]
+        if images:
+            draw("samples", figures.samples(model))
+            draw("ranked", figures.ranked(x, y, order))
+            if len(x) >= 2:
+                ends = x[: 2 * min(figures.PAIRS, len(x) // 2)]
+                draw("interpolation", figures.interpolations(model, ends.to(model.device)).convert("RGB"))
+            draw("errors", figures.error_histogram(reconstruction.psnr_db(x, y), "PSNR of held-out images, dB"))
+        else:
+            draw(
+                "columns", figures.columns_figure(data, y, model.sample(len(x), torch.Generator().manual_seed(0)).cpu())
+            )
+            draw("errors", figures.error_histogram(errors, "Squared error of held-out rows, mean over columns"))
+        kl = batched(lambda part: model.encode(part).kl_per_dimension(), x, model).mean(dim=0)
+        more["kl_nats_per_dimension"] = [round(value, 6) for value in kl.tolist()]
+        draw("latent", figures.latent_use(kl))
+    if log:
+        draw("curves", figures.curves(log, images=len(data.shape) == 3))
+    return {"pictures": drawn, **more}
 
 
 def table(report: dict[str, Any], names: Sequence[str] = ()) -> str:

@@ -66,7 +66,11 @@ class DiagonalGaussian:
 
         Source: IntroVAE (2018), Eq. 9, with the sign repaired.
         """
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=-1)
+        return self.kl_per_dimension().sum(dim=-1)
+
+    def kl_per_dimension(self) -> Tensor:
+        """What each latent dimension adds to the KL, `[N, Z]`, in nats."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of `z: [N, Z]`, `[N]`, in nats."""

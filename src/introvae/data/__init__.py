@@ -1,8 +1,10 @@
-"""What a model is trained on: 2D densities, digits, images in Parquet files, arrays."""
+"""What a model is trained on: folders of images and scans, Parquet files, arrays, tables, digits, 2D densities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from introvae.data.arrays import ArrayData, Part, from_array
+from introvae.data.arrays import ArrayData, Intake, Part, from_array
 from introvae.data.densities import Density, get_density, list_densities
-from introvae.errors import DataError
+from introvae.data.options import DATA_OPTIONS, DataOptions
+from introvae.data.preparation import Preparation
+from introvae.data.tables import TABLE_SUFFIXES, TablePreparation, read_rows
+from introvae.errors import CheckpointError, DataError
 
-__all__ = ["ArrayData", "Data", "Density", "DensityData", "Part", "from_array", "holds_vectors", "load_data"]
+__all__ = [
+    "DATA_OPTIONS",
+    "ArrayData",
+    "Data",
+    "DataOptions",
+    "Density",
+    "DensityData",
+    "Intake",
+    "Part",
+    "Preparation",
+    "TablePreparation",
+    "from_array",
+    "holds_vectors",
+    "is_table",
+    "load_data",
+    "preparation_from",
+    "read_images",
+    "read_rows",
+]
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SAID = 10
+"""How many skipped files are named on the terminal."""
+
+log = logging.getLogger("introvae")
 
 
 @dataclass(frozen=True)
@@ -62,63 +91,124 @@ class DensityBatches:
 Data = ArrayData | DensityData
 
 
-def load_data(source: str | Path | Data | Tensor | np.ndarray) -> Data:
-    """The data that `--data` names.
+def load_data(
+    source: str | Path | Data | Tensor | np.ndarray,
+    options: DataOptions | None = None,
+    preparation: Preparation | TablePreparation | None = None,
+) -> Data:
+    """The data that `--data` names; what became of each file is in `data.intake` and logged as "introvae".
 
     Arguments:
-        source: "digits", "density:NAME", a Parquet file, a folder of Parquet files, a .npy file of images or vectors,
-            or an array in memory (see `from_array`).
+        source: "digits"; "density:NAME"; a folder of images (sub-folders are classes) or NIfTI scans; a Parquet file or
+            a folder of them; a .npy or .npz file of images or vectors; a CSV, TSV or Parquet table; an image data set
+            on the Hugging Face hub ("owner/name"); or an array in memory (see `from_array`).
+        options: how to read it.
+        preparation: a model's, so that the data are prepared as those it was trained on.
 
     Raises:
-        ConfigError: an unknown density.
+        ConfigError: an unknown density or column.
         DataError: an unknown name, or files that cannot be read.
 
     Example:
         >>> load_data("density:rings").shape
         (2,)
     """
+    options = options or DataOptions()
     if isinstance(source, ArrayData | DensityData):
         return source
     if isinstance(source, Tensor | np.ndarray):
-        return from_array(source)
-    name = str(source)
+        return from_array(source, seed=options.heldout_seed, share=options.heldout)
+    data = _load(str(source), options, preparation)
+    if isinstance(data, ArrayData) and data.intake is not None:
+        _say(data, data.intake)
+    return data
+
+
+def _load(name: str, options: DataOptions, preparation: Preparation | TablePreparation | None) -> Data:
     if name.startswith("density:"):
         return DensityData(get_density(name.removeprefix("density:")))
     if name == "digits":
-        from introvae.data.images import load_digits
+        from introvae.data.digits import load_digits
 
         return load_digits()
     if name == "array":
         raise DataError("the run's data were an array in memory: give it again, as data=... or as --data FILE.npy")
     path = Path(name).expanduser()
-    if path.suffix == ".npy" and path.is_file():
-        try:
-            with open(path, "rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            reason = "it holds Python objects" if "pickle" in str(error) else str(error)
-            raise DataError(
-                f"{path} cannot be read as an array ({reason}): give a file written by numpy.save"
-            ) from error
-        return from_array(array, name=name)
-    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):
-        from introvae.data.images import load_parquet
+    if is_table(path):
+        from introvae.data.tables import load_table
 
-        return load_parquet(path)
-    choices = ", ".join(f"density:{density}" for density in list_densities())
+        if isinstance(preparation, Preparation):
+            raise DataError(f"{path} is a table and the model takes images: give images")
+        return load_table(path, options, preparation)
+    if isinstance(preparation, TablePreparation):
+        raise DataError(f"the model takes rows of a table ({', '.join(preparation.columns[:5])} ...): give a CSV file")
+    if path.suffix in (".npy", ".npz") and path.is_file():
+        from introvae.data.files import load_array_file
+
+        return load_array_file(path, options, preparation)
+    from introvae.data.images import load_images
+    from introvae.data.sources import FolderSource, ParquetSource, RowSource
+
+    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):
+        return load_images(ParquetSource(path, options), options, preparation)
     if path.exists():
-        raise DataError(f"{path} holds no Parquet file: give a .parquet or .npy file or a folder of Parquet files")
+        return load_images(FolderSource(path, options), options, preparation)
+    if HUB_NAME.fullmatch(name):
+        return load_images(RowSource(name, name, options), options, preparation)
+    choices = ", ".join(f"density:{density}" for density in list_densities())
     raise DataError(
-        f"unknown data {name!r}: choose digits, {choices}, or the path of a .parquet or .npy file or of a folder of "
-        "Parquet files"
+        f"unknown data {name!r}: choose digits, {choices}, the path of a folder of images, scans or Parquet files, of "
+        "a .parquet, .npy, .npz or .csv file, or owner/name on the hub"
     )
 
 
+def _say(data: ArrayData, intake: Intake) -> None:
+    unit = "pictures" if len(data.shape) == 3 else "rows"
+    shape = " x ".join(map(str, data.shape))
+    log.info(
+        "data     %s: %s %s of %s, %s to train on, %s held out",
+        *(data.name, f"{intake.used:,}", unit, shape, f"{len(data.train):,}", f"{len(data.heldout):,}"),
+    )
+    if len(data.class_names) > 1:
+        log.info("         %d classes: %s", len(data.class_names), ", ".join(data.class_names[:10]))
+    for remark in intake.remarks:
+        log.info("         %s", remark)
+    if intake.skipped:
+        log.info("         %s of %s files skipped:", f"{len(intake.skipped):,}", f"{intake.found:,}")
+    for name, reason in intake.skipped[:SAID]:
+        log.info("           %s: %s", name, reason)
+    if len(intake.skipped) > SAID:
+        log.info("           and %s more, all named in the run's log.jsonl", f"{len(intake.skipped) - SAID:,}")
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a path is a table's: by its suffix, or a Parquet file without a column of images."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        return False
+    if path.suffix in TABLE_SUFFIXES:
+        return True
+    if path.suffix != ".parquet":
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException):
+        return False  # whoever reads it will say what is wrong
+    if b"Image" in (schema.metadata or {}).get(b"huggingface", b""):
+        return False
+    return not any(pa.types.is_struct(field.type) or pa.types.is_binary(field.type) for field in schema)
+
+
 def holds_vectors(source: str) -> bool:
-    """Whether the named data are points or vectors and no images, from the name or a file's head alone."""
+    """Whether the named data are points, rows or vectors and no images, from the name or a file's head alone."""
     if source.startswith("density:"):
         return True
     path = Path(source).expanduser()
+    if is_table(path):
+        return True
     if path.suffix != ".npy" or not path.is_file():
         return False
     try:
@@ -128,3 +218,30 @@ def holds_vectors(source: str) -> bool:
             return len(read(file)[0]) == 2
     except (OSError, EOFError, ValueError):
         return False  # load_data will say what is wrong
+
+
+def preparation_from(facts: Mapping[str, Any]) -> Preparation | TablePreparation | None:
+    """The preparation among the facts about the data that a model was saved with; None where there is none.
+
+    Raises:
+        CheckpointError: it is of an unknown kind or damaged.
+    """
+    content = facts.get("preparation")
+    if content is None:
+        return None
+    kinds = {"images": Preparation, "table": TablePreparation}
+    if not isinstance(content, dict) or content.get("kind") not in kinds:
+        raise CheckpointError("the model's data preparation is of an unknown kind: use the version that wrote it")
+    return kinds[content["kind"]].from_dict(content)
+
+
+def read_images(paths: Sequence[str | Path], preparation: Preparation) -> tuple[Tensor, list[str]]:
+    """Image files or scans as a model takes them, float32 `[N, C, H, W]` in [0, 1], and their names.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    from introvae.data.images import read_one
+
+    found = [pair for path in paths for pair in read_one(Path(path), preparation)]
+    return torch.from_numpy(np.stack([image for _, image in found])).float() / 255, [name for name, _ in found]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,20 +18,62 @@ HELDOUT_SHARE, HELDOUT_MAX = 0.1, 10_000
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the data: `x` uint8 `[N, C, H, W]` or float32 `[N, D]`, and class indices `[N]` where there are any."""
+    """Some of the data: `x` uint8 `[N, C, H, W]` or float32 `[N, D]`, and class indices `[N]` (-1: unknown) and the
+    names of the files or rows where there are any.
+    """
 
     x: Tensor
     labels: Tensor | None = None
+    names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> Part:
-        return Part(self.x[rows], None if self.labels is None else self.labels[rows])
+        labels = None if self.labels is None else self.labels[rows]
+        if not self.names:
+            return Part(self.x[rows], labels)
+        indices = range(len(self.names))[rows] if isinstance(rows, slice) else rows.tolist()
+        return Part(self.x[rows], labels, [self.names[index] for index in indices])
 
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """All of it as the model takes it: float32, images in [0, 1]."""
         return to_float(self.x.to(device))
+
+
+class Prepared(Protocol):
+    """What was done to every sample, to be saved with the model."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What became of each file or row.
+
+    Arguments:
+        found: how many there were.
+        used: how many became samples (of a scan, each slice does).
+        skipped: name and reason of each that did not.
+        remarks: what a user should know, one sentence each.
+        duplicates: held-out samples that are in the training part too, as pairs of names.
+    """
+
+    found: int
+    used: int
+    skipped: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
+    duplicates: tuple[tuple[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the log and the report."""
+        return {
+            "found": self.found,
+            "used": self.used,
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "remarks": list(self.remarks),
+            "duplicates": [{"heldout": heldout, "train": train} for heldout, train in self.duplicates],
+        }
 
 
 @dataclass(frozen=True)
@@ -43,12 +85,18 @@ class ArrayData:
         train: the part that batches come from.
         heldout: the part that is only looked at.
         class_names: names of the labels, empty where unknown.
+        preparation: what was done to every sample, None for data that came as they are.
+        intake: what became of each file, None for data that were in memory.
+        column_names: of vectors from a table.
     """
 
     name: str
     train: Part
     heldout: Part
     class_names: tuple[str, ...] = ()
+    preparation: Prepared | None = None
+    intake: Intake | None = None
+    column_names: tuple[str, ...] = field(default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,16 +167,21 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def from_array(
-    x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None, name: str = "array", seed: int = 0
+    x: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    name: str = "array",
+    seed: int = 0,
+    share: float = HELDOUT_SHARE,
 ) -> ArrayData:
     """Data from an array in memory; a tenth (at most 10,000) is held out by seed.
 
     Arguments:
-        x: images `[N, C, H, W]` or grey `[N, H, W]`, uint8 or float in [0, 1] (kept as uint8, rounded); or vectors
-            `[N, D]`, finite floats. Copied.
+        x: images `[N, C, H, W]`, `[N, H, W, C]` with 1 or 3 channels, or grey `[N, H, W]`, uint8 or float in [0, 1]
+            (kept as uint8, rounded); or vectors `[N, D]`, finite floats. Copied.
         labels: class indices `[N]`.
         name: what the run's config calls the data.
         seed: of the held-out part.
+        share: of the held-out part.
 
     Raises:
         DataError: NaN, infinite or out-of-range values, a wrong shape or type, fewer than two samples.
@@ -139,8 +192,7 @@ def from_array(
         ((1, 8, 8), 90, 10)
     """
     x = _as_tensor(x, name)
-    if x.ndim == 3:
-        x = x[:, None]
+    x = channels_first(x)
     if x.ndim not in (2, 4) or len(x) < 2 or 0 in x.shape:
         raise DataError(f"{name} has shape {tuple(x.shape)}: give at least two images [N, C, H, W] or vectors [N, D]")
     if x.dtype == torch.uint8 and x.ndim == 4:
@@ -149,13 +201,36 @@ def from_array(
         values = _checked(x, name)
     else:
         raise DataError(f"{name} holds {x.dtype} values: give images as uint8 or float in [0, 1], vectors as float")
-    if labels is not None:
-        labels = torch.as_tensor(labels)
-        if labels.is_floating_point() or labels.shape != (len(x),):
-            raise DataError(f"the labels of {name} must be {len(x)} integers, one for each sample")
-        labels = labels.long()
-    train, heldout = split(Part(values, labels), seed)
+    train, heldout = split(Part(values, checked_labels(labels, len(x), name)), seed, share)
     return ArrayData(name, train, heldout)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """Images `[N, H, W]` and `[N, H, W, C]` as `[N, C, H, W]`; others, and vectors, as they are."""
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x
+
+
+def checked_labels(labels: Any, count: int, name: str) -> Tensor | None:
+    """Labels as int64 `[N]`.
+
+    Raises:
+        DataError: they are no integers, or not as many as samples.
+    """
+    if labels is None:
+        return None
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the labels of {name} are no numbers ({error}): give class indices") from error
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.is_floating_point() or labels.shape != (count,):
+        raise DataError(f"the labels of {name} must be {count} integers, one for each sample")
+    return labels.long()
 
 
 def _as_tensor(x: Tensor | np.ndarray, name: str) -> Tensor:
@@ -180,8 +255,57 @@ def _checked(x: Tensor, name: str) -> Tensor:
     return (x * 255).round().to(torch.uint8).contiguous()
 
 
-def split(part: Part, seed: int) -> tuple[Part, Part]:
+def split(part: Part, seed: int, share: float = HELDOUT_SHARE) -> tuple[Part, Part]:
     """Training part and held-out part (a tenth, at most 10,000 samples, at least one), chosen by seed."""
-    n = min(HELDOUT_MAX, max(1, round(len(part) * HELDOUT_SHARE)))
+    n = heldout_count(len(part), share)
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
     return part[order[n:]], part[order[:n]]
+
+
+def heldout_count(count: int, share: float) -> int:
+    """Size of the held-out part of `count` samples: the share, at least 1, at most 10,000, never all."""
+    return min(HELDOUT_MAX, max(1, round(count * share)), count - 1)
+
+
+def heldout_rows(count: int, share: float, seed: int, groups: Sequence[str | None] = ()) -> list[int]:
+    """Rows of the held-out part, in random order; samples of one group are all in it or none.
+
+    Raises:
+        DataError: all samples belong to one group.
+    """
+    n = heldout_count(count, share)
+    generator = torch.Generator().manual_seed(seed)
+    if not any(group is not None for group in groups):
+        return torch.randperm(count, generator=generator)[:n].tolist()
+    members: dict[str | int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(row if group is None else group, []).append(row)
+    if len(members) < 2:
+        raise DataError(f"all {count} samples belong to {next(iter(members))!r}: give data of two groups at least")
+    keys, held = list(members), []
+    for index in torch.randperm(len(keys), generator=generator).tolist()[: len(keys) - 1]:
+        if len(held) >= n:
+            break
+        held += members[keys[index]]
+    return [held[i] for i in torch.randperm(len(held), generator=generator).tolist()]
+
+
+def set_apart(part: Part, rows: Sequence[int]) -> tuple[Part, Part]:
+    """The part without `rows`, and `rows`; changes the part's tensor instead of copying it.
+
+    The held-out rows are copied (they are few) and their places filled from the end, so that even data that fill half
+    of the memory can be split.
+    """
+    heldout = part[torch.tensor(rows)]
+    count = len(part) - len(rows)
+    out = set(rows)
+    holes = [row for row in rows if row < count]
+    movers = [row for row in range(count, len(part)) if row not in out]
+    for hole, mover in zip(holes, movers, strict=True):
+        part.x[hole] = part.x[mover]
+    order = list(range(count))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    labels = None if part.labels is None else part.labels[torch.tensor(order)]
+    names = [part.names[row] for row in order] if part.names else ()
+    return Part(part.x[:count], labels, names), heldout

@@ -1,152 +1,385 @@
-"""Real images: scikit-learn's digits, and Parquet files in the `datasets` image convention."""
+"""Image data: looked through once, decoded once into the cache, split."""
 
 from __future__ import annotations
 
-import glob
-import re
-from collections.abc import Iterable
+import logging
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL import Image, UnidentifiedImageError
 
-from introvae.data.arrays import ArrayData, Part, split
+from introvae.data.arrays import ArrayData, Intake, Part, heldout_rows, set_apart
+from introvae.data.cache import Entry, Writer, key_of, known_digest, read_entry, remember_digest
+from introvae.data.options import DataOptions
+from introvae.data.preparation import (
+    DEEP_MODES,
+    GREY_MODES,
+    Preparation,
+    automatic_size,
+    deep_values,
+    window_of,
+)
+from introvae.data.sources import HELDOUT_SPLITS, Item, Source, first_line, is_scan, opened, scan_size
 from introvae.errors import DataError
 
-COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
-GREY_MODES = ("L", "1", "LA")
-HELDOUT_SPLITS = ("test", "validation")
+COLOUR_SHARE = 0.01
+"""With no more colour pictures than this share, all become grey: a few strays must not treble the cost of the rest."""
+MIN_SIDE = 4
+"""Pictures with a smaller side are skipped."""
+WINDOW_FILES, WINDOW_VALUES = 256, 4096
+"""How many files, and values of each, the window's percentiles are of (up to twice as many files)."""
+
+log = logging.getLogger("introvae")
 
 
-def load_digits() -> ArrayData:
-    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 pixels, grey; every class gives a fifth to the
-    held-out part.
+def load_images(source: Source, options: DataOptions, preparation: Preparation | None = None) -> ArrayData:
+    """Images of a source: decoded, or from the cache, and split.
 
-    Source: UCI optical recognition of handwritten digits (test part).
-    """
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load()
-    x = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
-    y = torch.from_numpy(digits.target).long()
-    rows = train_test_split(np.arange(len(y)), test_size=0.2, stratify=digits.target, random_state=0)
-    train, heldout = (Part(x, y)[torch.from_numpy(part)] for part in rows)
-    return ArrayData("digits", train, heldout, tuple(map(str, range(10))))
-
-
-def load_parquet(path: Path) -> ArrayData:
-    """Images of a Parquet file, or of a folder of them, in the `datasets` image convention.
-
-    Beside a training split, one named test (or else validation) is the held-out part; without one, a tenth is held out.
-    The images are decoded once and kept as uint8. Grey stays grey; where any image has colour, all become RGB.
+    Arguments:
+        source: where they come from.
+        options: how to read them.
+        preparation: a model's, to be used instead of one made for these data.
 
     Raises:
-        DataError: no image column, unreadable files, images of several sizes or of a kind that cannot be converted.
+        DataError: no two readable images, or data that have no held-out part.
     """
-    import datasets
-
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says what is wrong
-    try:
-        parts: Any = datasets.load_dataset("parquet", streaming=True, data_files=_files(path))
-        features = next(iter(parts.values())).features
-        column, label = _columns(features or {}, path)
-        decoded = {name: _decode(part, column, label, path) for name, part in parts.items()}
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow, PIL and datasets each raise types of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{path} cannot be read as Parquet images: {reason[0]}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-    decoded = _alike(decoded, path)
-    held = [decoded.pop(name) for name in HELDOUT_SPLITS if name in decoded and "train" in decoded]
-    labelled = all(part.labels is not None for part in decoded.values())
-    train = Part(
-        torch.cat([part.x for part in decoded.values()]),
-        torch.cat([part.labels for part in decoded.values()]) if labelled else None,  # pyright: ignore
-    )
-    train, heldout = (train, held[0]) if held else split(train, seed=0)
-    names = getattr(features.get(label), "names", None) if label else None
-    return ArrayData(str(path), train, heldout, tuple(names or ()))
+    entry = decoded(source, options, preparation)
+    return _assemble(source.name, entry, options)
 
 
-def _files(path: Path) -> dict[str, list[str]]:
-    """The Parquet files by split, from the words in their names; as literal names, not as patterns."""
-    if path.is_file():
-        return {"train": [glob.escape(str(path))]}
-    found: dict[str, list[str]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        words = re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower())
-        name = next((split for split in HELDOUT_SPLITS if split in words), "train")
-        found.setdefault(name, []).append(glob.escape(str(file)))
-    return found
+def decoded(source: Source, options: DataOptions, preparation: Preparation | None = None) -> Entry:
+    """All images of a source as one array, with names, labels and groups; from the cache where they are in it.
+
+    Raises:
+        DataError: fewer than two readable images.
+    """
+    key = None
+    if options.cache:
+        signature = source.signature()
+        digest = known_digest(source.name, signature)
+        if digest is None:
+            digest = source.digest()
+            remember_digest(source.name, signature, digest)
+        key = key_of(digest, {**options.of_data(), "preparation": preparation and preparation.to_dict()})
+        if (entry := read_entry(key)) is not None:
+            return entry
+    with _strict_pillow():
+        survey = _look_through(source, options)
+        if survey.pictures < 2:
+            raise _too_few(source.name, survey.pictures, survey.skipped)
+        prepare = preparation or survey.preparation(options)
+        return _decode(source, options, prepare, survey, key)
 
 
-def _columns(features: dict[str, Any], path: Path) -> tuple[str, str | None]:
-    import datasets
-
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not images:
-        raise DataError(
-            f"{path} has no image column: its columns are {', '.join(features) or 'none'}; write it with the "
-            "`datasets` library, or give a column the feature type Image"
-        )
-    column = "image" if "image" in images else images[0]
-    return column, "label" if "label" in features else None
+def _too_few(name: str, found: int, skipped: dict[str, str]) -> DataError:
+    reasons = [f"{file}: {reason}" for file, reason in list(skipped.items())[:3]]
+    named = f" ({len(skipped)} files were skipped: {'; '.join(reasons)})" if skipped else ""
+    count = "no readable image" if not found else "one readable image only"
+    return DataError(f"{name} has {count}{named}: give at least two PNG, JPEG or other image files")
 
 
-def _decode(rows: Iterable[dict[str, Any]], column: str, label: str | None, path: Path) -> Part:
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for index, row in enumerate(rows):
-        image = row[column]
-        if image is None:
-            raise DataError(f"{path}: row {index} has no image")
-        array = np.asarray(to_eight_bit(image, f"{path}: the image in row {index}"))
-        if images and array.shape[:2] != images[0].shape[:2]:
-            raise DataError(
-                f"{path}: the image in row {index} is {array.shape[1]} x {array.shape[0]} pixels, the first "
-                f"{images[0].shape[1]} x {images[0].shape[0]}: make them one size"
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Pillow refuses pictures of enormous size, and keeps its other warnings for itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+@dataclass
+class _Survey:
+    """What a look at every picture's head found."""
+
+    found: int = 0
+    pictures: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, str] = field(default_factory=dict)
+    frames: int = 0
+    values: list[np.ndarray] = field(default_factory=list)
+    stride: int = 1
+    deep_files: int = 0
+
+    def sample(self, read: Callable[[], np.ndarray]) -> None:
+        """Keep values of this deep file, if it is among the evenly spread ones that the window is made from."""
+        if self.deep_files % self.stride == 0:
+            values = read().ravel()
+            self.values.append(values[:: max(1, len(values) // WINDOW_VALUES)])
+            if len(self.values) > 2 * WINDOW_FILES:
+                self.values, self.stride = self.values[::2], 2 * self.stride
+        self.deep_files += 1
+
+    def preparation(self, options: DataOptions) -> Preparation:
+        size = (options.size, options.size) if options.size is not None else automatic_size(self.sizes)
+        channels = options.channels or (3 if self.kinds["colour"] > COLOUR_SHARE * self.pictures else 1)
+        per_file = options.window_of == "file" and bool(self.values)
+        window = None
+        if self.values and not per_file:
+            window = window_of(np.concatenate(self.values), options.window)
+        percentiles = options.window if per_file else None
+        return Preparation(size, channels, options.fit, window, percentiles, options.axis, options.slices)
+
+    def remarks(self, options: DataOptions, prepare: Preparation) -> list[str]:
+        said = []
+        height, width = prepare.size
+        resized = sum(count for size, count in self.sizes.items() if size != (width, height))
+        if resized:
+            many = f"{len(self.sizes)} sizes" if len(self.sizes) > 1 else f"{min(self.sizes)[0]} x {min(self.sizes)[1]}"
+            why = "" if options.size is not None else "; --size chooses another"
+            said.append(
+                f"{resized:,} of {self.pictures:,} pictures ({many}) are brought to {width} x {height} pixels by "
+                f"{prepare.fit}{why}"
             )
-        images.append(array)
-        if label is not None:
-            value = row[label]
-            if not (value is None or isinstance(value, int)):
-                raise DataError(f"{path}: the label in row {index} is {value!r}: give class indices or ClassLabel")
-            labels.append(-1 if value is None else value)
-    if len(images) < 2:
-        raise DataError(f"{path} holds {len(images)} images: give at least two")
-    if len({image.ndim for image in images}) > 1:
-        images = [np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image for image in images]
-    x = torch.from_numpy(np.stack(images))
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
-    return Part(x, torch.tensor(labels) if label is not None else None)
+        if self.kinds["colour"] and self.pictures > self.kinds["colour"] and prepare.channels == 3:
+            grey = self.pictures - self.kinds["colour"]
+            said.append(f"{grey:,} grey pictures beside {self.kinds['colour']:,} in colour: all become colour")
+        if self.kinds["colour"] and prepare.channels == 1:
+            few = "" if options.channels else ", as all but these few are grey; --channels 3 keeps their colour"
+            said.append(f"{self.kinds['colour']:,} colour pictures become grey{few}")
+        if prepare.window is not None and self.kinds["deep"]:
+            low, high = prepare.window
+            said.append(
+                f"{self.kinds['deep']:,} pictures have more than 8 bits: values from {low:.6g} to {high:.6g} become "
+                "black to white"
+            )
+        if prepare.percentiles is not None and self.kinds["deep"]:
+            low, high = prepare.percentiles
+            said.append(
+                f"{self.kinds['deep']:,} pictures have more than 8 bits: percentiles {low:g} to {high:g} of each file "
+                "become black to white"
+            )
+        if self.frames:
+            said.append(f"of files with several frames ({self.frames:,}) the first is used")
+        return said
 
 
-def to_eight_bit(image: Image, name: str) -> Image:
-    """A picture as 8-bit grey (mode L) or RGB; transparency is dropped.
+def _look_through(source: Source, options: DataOptions) -> _Survey:
+    survey = _Survey()
+    for item in _progress(source.items(), len(source), "looking"):
+        survey.found += 1
+        try:
+            _look_at(item, options, survey)
+        except Exception as error:  # Pillow and nibabel raise what they like; one bad file must not end the rest
+            survey.skipped[item.name] = _reason(error)
+    return survey
+
+
+def _look_at(item: Item, options: DataOptions, survey: _Survey) -> None:
+    if isinstance(item.content, Path) and is_scan(item.content.name):
+        count, size = scan_size(item.content, options)
+        if not count:
+            raise DataError(f"no slice in {options.slices}")
+        _big_enough(size)
+        survey.sample(lambda: _values_of_scan(item, options))
+        survey.pictures += count
+        survey.sizes[size] += count
+        survey.kinds["deep"] += count
+        return
+    with opened(item, options) as pictures:
+        for _, picture in pictures:
+            turned = picture.format in ("JPEG", "MPO", "TIFF", "WEBP") and _turned(picture)
+            width, height = picture.size
+            size = (height, width) if turned else (width, height)
+            _big_enough(size)
+            kind = "deep" if picture.mode in DEEP_MODES else "grey" if picture.mode in GREY_MODES else "colour"
+            several = getattr(picture, "n_frames", 1) > 1
+            if kind == "deep":
+                survey.sample(lambda picture=picture: deep_values(picture))
+            survey.pictures += 1
+            survey.sizes[size] += 1
+            survey.kinds[kind] += 1
+            survey.frames += several
+
+
+def _turned(picture: Image.Image) -> bool:
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # a damaged EXIF block; the picture itself may be fine
+        return False
+
+
+def _values_of_scan(item: Item, options: DataOptions) -> np.ndarray:
+    with opened(item, options) as slices:
+        return np.concatenate([deep_values(picture).ravel() for _, picture in slices])
+
+
+def _big_enough(size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIDE:
+        raise DataError(f"{size[0]} x {size[1]} pixels, too small (at least {MIN_SIDE} each way)")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return f"enormous: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened ({error.strerror})"
+    return first_line(error)
+
+
+Result = list[tuple[str, np.ndarray | str]]
+
+
+def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: _Survey, key: str | None) -> Entry:
+    known = survey.skipped
+
+    def read(items: Sequence[Item]) -> list[Result]:
+        return [_read(item, options, prepare) for item in items]
+
+    writer = Writer(key, (survey.pictures, prepare.channels, *prepare.size))
+    columns: dict[str, list[Any]] = {name: [] for name in ("names", "labels", "groups", "splits", "digests")}
+    skipped = dict(known)
+    try:
+        wanted = (item for item in source.items() if item.name not in known)
+        todo = _progress(wanted, survey.found - len(known), "decoding")
+        for item, result in _ordered(read, todo):
+            for name, image in result:
+                if isinstance(image, str):
+                    skipped[name] = image
+                    continue
+                if writer.count == len(writer.x):
+                    raise DataError(f"{source.name} changed while it was read: start again")
+                writer.add(image)
+                digest = blake2b(image.tobytes(), digest_size=8).hexdigest()
+                found = (name, item.label, item.group, item.split, digest)
+                for column, value in zip(columns.values(), found, strict=True):
+                    column.append(value)
+        if writer.count < 2:
+            raise _too_few(source.name, writer.count, skipped)
+        return writer.finish(
+            {
+                **columns,
+                "class_names": list(source.class_names),
+                "found": survey.found,
+                "skipped": list(skipped.items()),
+                "remarks": survey.remarks(options, prepare),
+                "preparation": prepare.to_dict(),
+            }
+        )
+    finally:
+        writer.drop()
+
+
+def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
+    """Every picture of an item, prepared, or the reason why there is none."""
+    result: Result = []
+    try:
+        if isinstance(item.content, Path) and is_scan(item.content.name):
+            with opened(item, options) as pictures:
+                slices = list(pictures)
+            window = None
+            if prepare.percentiles is not None:
+                window = window_of(np.stack([np.asarray(picture) for _, picture in slices]), prepare.percentiles)
+            for name, picture in slices:
+                low, high = picture.getextrema()
+                result.append((name, "one value only" if low == high else prepare(picture, window)))
+            return result
+        with opened(item, options) as pictures:
+            return [(name, prepare(picture)) for name, picture in pictures]
+    except Exception as error:  # as in `_look_through`
+        return [(item.name, _reason(error))]
+
+
+def _ordered(
+    function: Callable[[Sequence[Item]], list[Result]], items: Iterator[Item], size: int = 32
+) -> Iterator[tuple[Item, Result]]:
+    """Every item with its result, in order, from a few threads (Pillow's decoders let others run), few in flight."""
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[Sequence[Item], Any]] = deque()
+        while batch := list(islice(items, size)):
+            waiting.append((batch, pool.submit(function, batch)))
+            if len(waiting) > 2 * workers:
+                done, results = waiting.popleft()
+                yield from zip(done, results.result(), strict=True)
+        for done, results in waiting:
+            yield from zip(done, results.result(), strict=True)
+
+
+def _progress(items: Iterator[Item], count: int, what: str) -> Iterator[Item]:
+    from tqdm import tqdm
+
+    return iter(tqdm(items, what, count or None, unit="file", disable=None, delay=2, leave=False, mininterval=0.5))
+
+
+def _assemble(name: str, entry: Entry, options: DataOptions) -> ArrayData:
+    """The two parts of an entry; the first rows are the training part's where the data bring their own."""
+    facts = entry.facts
+    labels, class_names = _labels(facts["labels"], tuple(facts["class_names"]))
+    whole = Part(torch.from_numpy(entry.x), labels, facts["names"])
+    splits, groups, remarks = facts["splits"], facts["groups"], list(facts["remarks"])
+    held = next((split for split in HELDOUT_SPLITS if split in splits), None) if "train" in splits else None
+    if held is None:
+        rows = heldout_rows(len(whole), options.heldout, options.heldout_seed, groups)
+        train, heldout = set_apart(whole, rows)
+        pairs = _duplicates(facts, set(rows))
+        grouped = sum(group is None for group in groups)
+        if options.group is not None and grouped:
+            remarks.append(f"{grouped:,} of {len(groups):,} names do not match the group pattern: each stands alone")
+    else:
+        count, first = splits.count("train"), splits.index(held)
+        train, heldout = whole[slice(0, count)], whole[slice(first, first + splits.count(held))]
+        pairs = _duplicates(facts, set(range(first, first + len(heldout))), range(count))
+        both = {g for g in groups[:count] if g is not None} & set(groups[first : first + len(heldout)])
+        if both:
+            remarks.append(f"{len(both):,} groups are in the training and in the held-out part, as the data bring them")
+    if pairs:
+        remarks.append(
+            f"{len(pairs):,} held-out images are in the training part too (such as {pairs[0][0]} = {pairs[0][1]}): "
+            "numbers on the held-out part flatter"
+        )
+    skipped = tuple((file, reason) for file, reason in facts["skipped"])
+    intake = Intake(facts["found"], len(whole), skipped, tuple(remarks), tuple(pairs))
+    preparation = Preparation.from_dict(facts["preparation"])
+    return ArrayData(name, train, heldout, class_names, preparation, intake)
+
+
+def _labels(labels: list[Any], class_names: tuple[str, ...]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """Class indices, -1 where unknown, and the classes' names."""
+    if all(label is None for label in labels):
+        return None, ()
+    if any(isinstance(label, str) for label in labels):
+        class_names = class_names or tuple(sorted({label for label in labels if isinstance(label, str)}))
+        index = {name: i for i, name in enumerate(class_names)}
+        labels = [index.get(label, -1) for label in labels]
+    return torch.tensor([-1 if label is None else label for label in labels]), class_names
+
+
+def _duplicates(facts: dict[str, Any], held: set[int], train: range | None = None) -> list[tuple[str, str]]:
+    """Names of held-out images and of the first equal image in the training part."""
+    names, digests = facts["names"], facts["digests"]
+    rows = train if train is not None else range(len(names))
+    first: dict[str, str] = {}
+    for row in rows:
+        if row not in held:
+            first.setdefault(digests[row], names[row])
+    return [(names[row], first[digests[row]]) for row in sorted(held) if digests[row] in first]
+
+
+def read_one(path: Path, prepare: Preparation) -> list[tuple[str, np.ndarray]]:
+    """The picture of a file, or the slices of a scan, prepared.
 
     Raises:
-        DataError: 16-bit, float and other pictures, which would lose values.
+        DataError: it cannot be read.
     """
-    if image.mode not in GREY_MODES + COLOUR_MODES:
-        raise DataError(f"{name} has mode {image.mode}: convert it to 8-bit grey or RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB would warn
-    return image.convert("L" if image.mode in GREY_MODES else "RGB")
-
-
-def _alike(parts: dict[str, Part], path: Path) -> dict[str, Part]:
-    """All parts with as many channels as the most colourful; refuses several sizes."""
-    if len({part.x.shape[2:] for part in parts.values()}) > 1:
-        sizes = ", ".join(f"{name} {part.x.shape[3]} x {part.x.shape[2]}" for name, part in parts.items())
-        raise DataError(f"{path}: the splits have images of several sizes ({sizes}): make them one size")
-    channels = max(part.x.shape[1] for part in parts.values())
-    return {name: Part(part.x.expand(-1, channels, -1, -1).contiguous(), part.labels) for name, part in parts.items()}
+    options = DataOptions(axis=prepare.axis, slices=prepare.slices)
+    with _strict_pillow():
+        result = _read(Item(str(path), path), options, prepare)
+    pictures = [(name, image) for name, image in result if isinstance(image, np.ndarray)]
+    if not pictures:
+        reason = next((reason for _, reason in result if isinstance(reason, str)), "no slices")
+        raise DataError(f"{path} cannot be read as an image: {reason}; give a PNG or JPEG file")
+    return pictures

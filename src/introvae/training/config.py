@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from introvae.data import holds_vectors
+from introvae.data import DATA_OPTIONS, DataOptions, holds_vectors, is_table
 from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
 
@@ -26,11 +26,12 @@ DEFAULT_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Everything that decides what a training run computes.
+class FitConfig(DataOptions):
+    """Everything that decides what a training run computes: these settings and those of `DataOptions`.
 
     Arguments:
-        data: digits, density:NAME, or the path of a .parquet or .npy file or of a folder of Parquet files.
+        data: digits, density:NAME, the path of a folder of images, scans or Parquet files, of a .parquet, .npy, .npz or
+            .csv file, or owner/name on the hub.
         objective: what the two players want; any setting of it can be given as --objective.NAME.
         network: conv, mlp, or auto (conv for images, mlp for vectors).
         network_options: settings of the network, such as --network_options.channels "[32, 64]".
@@ -84,6 +85,7 @@ class FitConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.objective, str):  # for Python, as on the command line
             object.__setattr__(self, "objective", get_objective(self.objective)())
         if isinstance(self.warmup, dict):
@@ -125,7 +127,8 @@ class FitConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in config.yaml; without `out`, so that the file is a recipe."""
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "out"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in (*DATA_OPTIONS, "data", "out")]
+        settings = {name: getattr(self, name) for name in ("data", *DATA_OPTIONS, *names)}
         cls = type(self.objective)
         known = cls.__name__ in list_objectives() and cls.__module__.startswith("introvae.")
         settings["objective"] = {
@@ -133,7 +136,7 @@ class FitConfig:
             "init_args": {f.name: getattr(self.objective, f.name) for f in dataclasses.fields(self.objective)},  # pyright: ignore
         }
         settings["warmup"] = dataclasses.asdict(self.warmup)
-        for name in ("lr_milestones", "adam_betas"):
+        for name in ("lr_milestones", "adam_betas", "window", "columns", "drop"):
             settings[name] = list(settings[name])
         return settings
 
@@ -288,13 +291,14 @@ def recipe_path(name: str) -> Path:
 
 
 def recommended_recipe(data: str, objective: str) -> str | None:
-    """Name of the recommended recipe for this data and objective, or None; "images-..." for files and arrays.
+    """Name of the recommended recipe for this data and objective, or None; "images-..." for files and arrays of images,
+    "table-..." for tables.
 
     Example:
         >>> recommended_recipe("density:8gaussians", "SoftIntroVAE")
         '8gaussians-softintrovae'
     """
     density = data.removeprefix("density:")
-    kind = density if holds_vectors(data) or data == "digits" else "images"
+    kind = "table" if is_table(data) else density if holds_vectors(data) or data == "digits" else "images"
     name = f"{kind}-{objective.lower()}"
     return name if name in list_recipes() else None

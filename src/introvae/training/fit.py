@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from introvae.data import Data, load_data
+from introvae.data import DATA_OPTIONS, Data, DataOptions, load_data
 from introvae.errors import ConfigError, RunError
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig, load_config, recipe_path, recommended_recipe
@@ -54,7 +54,8 @@ def fit(
     if isinstance(data, str | Path):
         settings["data"], data = str(data), None
     if data is not None:
-        data = load_data(data)
+        given = {name: settings[name] for name in DATA_OPTIONS if name in settings}
+        data = load_data(data, config or DataOptions(**given))
         settings["data"] = data.name
     if resume is not None:
         return resume_fit(resume, config, settings, data, progress)
@@ -139,7 +140,7 @@ def resumable(
     """
     found = run.config()
     _refuse_unknown(settings or {})
-    data = load_data(found.data) if data is None else data
+    data = load_data(found.data, found) if data is None else data
     base = config or found
     if {"steps", "epochs"} & (settings or {}).keys():
         base = dataclasses.replace(base, steps=None, epochs=None)
@@ -156,7 +157,7 @@ def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
     differences = [
         f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name != "device"
+        if ours.get(name) != theirs.get(name) and name not in ("device", "cache")
     ]
     if differences:
         raise RunError(

@@ -58,7 +58,7 @@ class Trainer:
     """
 
     def __init__(self, config: FitConfig, data: Data | None = None) -> None:
-        self.data = load_data(config.data) if data is None else data
+        self.data = load_data(config.data, config) if data is None else data
         self.config = config = resolve(config, self.data)
         self.device = pick_device(config.device)
         self.steps, latent_dim = config.steps or 0, config.latent_dim or 0  # resolve() filled them in
@@ -69,7 +69,7 @@ class Trainer:
                 self.data.shape,
                 config.network,
                 latent_dim,
-                data={"name": Path(self.data.name).name, "range": values},
+                data={"name": Path(self.data.name).name, "range": values, **_preparation(self.data)},
                 **config.network_options,
             ).to(self.device)
         self.step = IntrospectiveStep(
@@ -111,6 +111,8 @@ class Trainer:
         )
         if self.step_index == 0:
             self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
+            if isinstance(self.data, ArrayData) and self.data.intake is not None:
+                run.log_event("data", step=0, **self.data.intake.to_dict())
         with bar, open(run.log_path, "a") as log, _stop_on_signal() as stopped:
             while self.step_index < self.steps:
                 row = self._one_step()
@@ -238,6 +240,12 @@ class Trainer:
             if str(path) in str(error):  # from check_state: it says all there is to say
                 raise
             raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
+
+
+def _preparation(data: Data) -> dict[str, Any]:
+    """What later commands must do to their data, for the model's config."""
+    known = isinstance(data, ArrayData) and data.preparation is not None
+    return {"preparation": data.preparation.to_dict()} if known else {}  # pyright: ignore
 
 
 def resolve(config: FitConfig, data: Data) -> FitConfig:

@@ -17,7 +17,7 @@ from introvae.training.config import FitConfig, load_config
 
 @dataclass(frozen=True)
 class Run:
-    """`config.yaml`, `log.jsonl`, `images/`, `checkpoints/`, `model/` and `report.json` of one training.
+    """`config.yaml`, `log.jsonl`, `images/`, `checkpoints/`, `model/`, `report.json` and `report.html` of one training.
 
     Arguments:
         folder: where they are.
@@ -106,7 +106,19 @@ class Run:
         return IntrospectiveVAE.from_pretrained(self.model_folder)
 
     def log(self) -> list[dict[str, Any]]:
-        """All lines of log.jsonl, up to one that a crash cut."""
+        """The lines of log.jsonl about training steps, up to one that a crash cut."""
+        return [row for row in self._lines() if "event" not in row]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines of log.jsonl about something else: "data" is what became of each file."""
+        return [row for row in self._lines() if row.get("event") == name]
+
+    def log_event(self, name: str, *, step: int, **facts: Any) -> None:
+        """Add a line that is not about a training step."""
+        with open(self.log_path, "a") as log:
+            log.write(json.dumps({"event": name, "step": step, **facts}) + "\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
         rows = []
         for line in self.log_path.read_text().splitlines() if self.log_path.is_file() else []:
             try:
@@ -117,7 +129,7 @@ class Run:
 
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, and a line that a crash cut."""
-        kept = [json.dumps(row) + "\n" for row in self.log() if row["step"] <= step]
+        kept = [json.dumps(row) + "\n" for row in self._lines() if row["step"] <= step]
         write_atomically(self.log_path, "".join(kept).encode())
 
     def report(self) -> dict[str, Any]:

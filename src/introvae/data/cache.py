@@ -1,0 +1,173 @@
+"""Decoded images on disk: keyed by content and options, mapped into memory when used again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from introvae.files import write_atomically
+
+FORMAT = 1
+"""Of the entries and of everything that decides pixels: raise it when `preparation` changes what it makes."""
+ROOM = 1.2
+"""A disk must have this many times an entry's size free."""
+
+log = logging.getLogger("introvae")
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: INTROVAE_CACHE, or introvae in the user's cache folder."""
+    if own := os.environ.get("INTROVAE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "introvae"
+
+
+def cache_bytes() -> int:
+    """What the cache takes on disk."""
+    return sum(file.stat().st_size for file in cache_folder().rglob("*") if file.is_file())
+
+
+def clear_cache() -> int:
+    """Drop everything in the cache; returns the bytes that it took."""
+    freed = cache_bytes()
+    for name in ("entries", "sources"):
+        shutil.rmtree(cache_folder() / name, ignore_errors=True)
+    return freed - cache_bytes()
+
+
+def key_of(digest: str, settings: dict[str, Any]) -> str:
+    """Name of the entry for a source's digest and the settings that it is read with."""
+    return blake2b(json.dumps([FORMAT, digest, settings], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def known_digest(name: str, signature: str) -> str | None:
+    """The digest of a source whose files are untouched since it was last computed."""
+    try:
+        content = json.loads(_memo(name).read_text())
+        return content["digest"] if content["signature"] == signature else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_digest(name: str, signature: str, digest: str) -> None:
+    """Keep a digest for `known_digest`; not at all where the cache cannot be written."""
+    with contextlib.suppress(OSError):
+        write_atomically(_memo(name), json.dumps({"signature": signature, "digest": digest}).encode())
+
+
+def _memo(name: str) -> Path:
+    path = blake2b(str(Path(name).expanduser().absolute()).encode(), digest_size=16).hexdigest()
+    return cache_folder() / "sources" / f"{path}.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Decoded images `[N, C, H, W]` as uint8 and what is known about them."""
+
+    x: np.ndarray
+    facts: dict[str, Any]
+
+
+def read_entry(key: str) -> Entry | None:
+    """The entry of that name; None where there is none, or where it is damaged or of another version (it is said)."""
+    folder = cache_folder() / "entries" / key
+    if not folder.exists():
+        return None
+    try:
+        facts = json.loads((folder / "facts.json").read_text())
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, this version has {FORMAT}")
+        shape, path = tuple(facts["shape"]), folder / "pixels.bin"
+        if path.stat().st_size != int(np.prod(shape)):
+            raise ValueError("its pixels are cut")
+        return Entry(np.memmap(path, np.uint8, mode="c", shape=shape), facts)  # "c": changes stay in memory
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.info("the cached images are from another version or damaged (%s): decoding anew", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+class Writer:
+    """Room for N images, on disk where it can be and should, else in memory; `finish` makes it an entry.
+
+    Arguments:
+        key: name of the entry, or None to stay in memory.
+        shape: (N, C, H, W), N at most.
+    """
+
+    def __init__(self, key: str | None, shape: tuple[int, ...]) -> None:
+        self.key, self.folder, self.count = key, None, 0
+        size = int(np.prod(shape))
+        if key is not None:
+            self.folder = self._make_room(size, shape)
+        if self.folder is None:
+            self.x = np.empty(shape, np.uint8)
+        else:
+            self.x = np.memmap(self.folder / "pixels.bin", np.uint8, mode="r+", shape=shape)
+
+    def _make_room(self, size: int, shape: tuple[int, ...]) -> Path | None:
+        entries = cache_folder() / "entries"
+        cost = f"{shape[0]:,} images of {' x '.join(map(str, shape[1:]))}: {size / 1e6:,.0f} MB"
+        try:
+            entries.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(entries).free
+            if free < ROOM * size:
+                log.info(
+                    "no cache: %s, and %s has %s MB free; they stay in memory", cost, entries, f"{free / 1e6:,.0f}"
+                )
+                return None
+            log.info("cache    %s in %s (introvae doctor --clear-cache frees it)", cost, cache_folder())
+            folder = Path(tempfile.mkdtemp(prefix=".new-", dir=entries))
+            with open(folder / "pixels.bin", "wb") as file:
+                if size and hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    os.truncate(file.fileno(), size)
+            return folder
+        except OSError as error:
+            log.info("no cache: %s cannot be written (%s); the images stay in memory", entries, error.strerror)
+            return None
+
+    def add(self, image: np.ndarray) -> None:
+        """The next image `[C, H, W]`."""
+        self.x[self.count] = image
+        self.count += 1
+
+    def finish(self, facts: dict[str, Any]) -> Entry:
+        """What was added, as an entry."""
+        shape = (self.count, *self.x.shape[1:])
+        facts = {**facts, "format": FORMAT, "shape": list(shape)}
+        if self.folder is None or self.key is None:
+            return Entry(self.x[: self.count], facts)
+        try:
+            assert isinstance(self.x, np.memmap)
+            self.x.flush()
+            del self.x
+            os.truncate(self.folder / "pixels.bin", int(np.prod(shape)))
+            write_atomically(self.folder / "facts.json", json.dumps(facts).encode())
+            target = self.folder.parent / self.key
+            try:
+                os.rename(self.folder, target)
+            except OSError:  # another process was quicker, with the same content
+                shutil.rmtree(self.folder)
+            entry = read_entry(self.key)
+            assert entry is not None
+            return entry
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Leave nothing behind of an entry that was not finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,155 @@
+"""Arrays in .npy and .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from introvae.data.arrays import (
+    ArrayData,
+    Intake,
+    Part,
+    channels_first,
+    checked_labels,
+    from_array,
+    heldout_rows,
+    set_apart,
+)
+from introvae.data.options import DataOptions
+from introvae.data.preparation import Preparation, window_of
+from introvae.errors import DataError
+
+IMAGE_KEYS = ("images", "x", "data", "arr_0")
+LABEL_KEYS = ("labels", "y", "targets")
+CHUNK = 1024
+
+
+def load_array_file(path: Path, options: DataOptions, preparation: Preparation | None = None) -> ArrayData:
+    """Images or vectors of a .npy or .npz file.
+
+    An .npz file holds the samples as `images`, `x` or `data`, or as its only array, and class indices as `labels` or
+    `y`; or parts as `train_images`, `train_labels`, `test_images`, `test_labels` (as MedMNIST does).
+
+    Images that are not uint8 nor float in [0, 1] go through a window of percentiles; `--size` resizes.
+
+    Raises:
+        DataError: the file cannot be read, or holds no such arrays.
+    """
+    if path.suffix == ".npy":
+        return _assemble(str(path), {"train": (_npy(path), None)}, options, preparation)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files if archive[name].ndim}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        raise _unreadable(path, error, "numpy.savez") from error
+    return _assemble(str(path), _parts(path, arrays), options, preparation)
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:  # checks magic and header; a pickle is refused
+            np.lib.format.read_magic(file)
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise _unreadable(path, error, "numpy.save") from error
+
+
+def _unreadable(path: Path, error: Exception, remedy: str) -> DataError:
+    reason = "it holds Python objects" if "pickle" in str(error) or "Python object" in str(error) else str(error)
+    return DataError(f"{path} cannot be read as an array ({reason}): give a file written by {remedy}")
+
+
+def _parts(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, Any]]:
+    def found(keys: tuple[str, ...], prefix: str = "") -> np.ndarray | None:
+        return next((arrays[prefix + key] for key in keys if prefix + key in arrays), None)
+
+    images = found(IMAGE_KEYS)
+    if images is None and len(arrays) == 1:
+        (images,) = arrays.values()
+    if images is not None:
+        return {"train": (images, found(LABEL_KEYS))}
+    parts = {
+        split: (found(IMAGE_KEYS, f"{split}_"), found(LABEL_KEYS, f"{split}_")) for split in ("train", "test", "val")
+    }
+    kept = {split: (x, y) for split, (x, y) in parts.items() if x is not None}
+    if "train" not in kept:
+        raise DataError(
+            f"{path} holds {', '.join(arrays) or 'no array'}: name the samples images and the labels labels, or "
+            "train_images, test_images and so on"
+        )
+    held = next((split for split in ("test", "val") if split in kept), None)
+    return {"train": kept["train"]} | ({"test": kept[held]} if held else {})
+
+
+def _assemble(
+    name: str,
+    parts: Mapping[str, tuple[np.ndarray, Any]],
+    options: DataOptions,
+    preparation: Preparation | None,
+) -> ArrayData:
+    first, labels = parts["train"]
+    if first.ndim == 2 and len(parts) == 1:
+        return from_array(first, labels, name, options.heldout_seed, options.heldout)
+    remarks: list[str] = []
+    done: dict[str, Part] = {}
+    for split, (array, y) in parts.items():
+        if array.ndim not in (3, 4) or 0 in array.shape or (len(array) < 2 and split == "train"):
+            raise DataError(f"{name} has shape {array.shape}: give at least two images [N, C, H, W] or vectors [N, D]")
+        x, preparation = _eight_bit(array, name, options, preparation, remarks)
+        done[split] = Part(x, checked_labels(y, len(x), name))
+    whole = done["train"]
+    if "test" in done:
+        if whole.x.shape[1:] != done["test"].x.shape[1:]:
+            raise DataError(f"{name} has parts of several shapes: make them one size, or resize with --size")
+        train, heldout = whole, done["test"]
+    else:
+        train, heldout = set_apart(whole, heldout_rows(len(whole), options.heldout, options.heldout_seed))
+    count = sum(len(part) for part in done.values())
+    return ArrayData(name, train, heldout, (), preparation, Intake(count, count, (), tuple(remarks)))
+
+
+def _eight_bit(
+    array: np.ndarray, name: str, options: DataOptions, preparation: Preparation | None, remarks: list[str]
+) -> tuple[torch.Tensor, Preparation]:
+    """Images as uint8 `[N, C, H, W]`, and what was done to them; `preparation` decides where it is given."""
+    deep = array.dtype != np.uint8
+    if deep and not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        raise DataError(f"{name} holds {array.dtype} values: give images as integers or floats")
+    window = preparation.window if preparation else None
+    if deep:
+        bad = sum(int((~np.isfinite(array[i : i + CHUNK])).sum()) for i in range(0, len(array), CHUNK))
+        if bad:
+            raise DataError(f"{name} holds {bad} NaN or infinite values: remove or fill them")
+        if window is None:
+            stride = max(1, len(array) // 512)
+            window = window_of(np.asarray(array[::stride]), options.window)
+            if window != (0.0, 1.0):
+                remarks.append(f"values from {window[0]:.6g} to {window[1]:.6g} become black to white")
+    first = channels_first(torch.from_numpy(np.array(array[:1])))
+    channels, side = first.shape[1], options.size
+    if preparation is None:
+        size = (side, side) if side else (first.shape[2], first.shape[3])
+        preparation = Preparation(size, options.channels or channels, options.fit, window)
+    alike = (channels, *first.shape[2:]) == (preparation.channels, *preparation.size)
+    if not alike and channels not in (1, 3):
+        raise DataError(f"{name} has {channels} channels: give 1 or 3, or leave the size as it is")
+    made = torch.empty((len(array), preparation.channels, *preparation.size), dtype=torch.uint8)
+    for start in range(0, len(array), CHUNK):
+        x = np.array(array[start : start + CHUNK])
+        if deep and window is not None:
+            scaled = (x.astype(np.float32) - window[0]) * (255 / (window[1] - window[0]))
+            x = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        images = channels_first(torch.from_numpy(x))
+        made[start : start + len(x)] = images if alike else torch.stack([_resized(i, preparation) for i in images])
+    return made, preparation
+
+
+def _resized(image: torch.Tensor, prepare: Preparation) -> torch.Tensor:
+    array = image.permute(1, 2, 0).numpy()
+    return torch.from_numpy(prepare(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)))

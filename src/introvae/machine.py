@@ -1,0 +1,69 @@
+"""What this machine has, and what the package makes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "pillow",
+    "datasets",
+    "pandas",
+    "torchmetrics",
+    "matplotlib",
+    "scikit-learn",
+    "jsonargparse",
+)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Names and versions of the package, Python and the libraries under it."""
+    found = [("introvae", _version("introvae")), ("Python", platform.python_version())]
+    return found + [(name, _version(name)) for name in LIBRARIES]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def hardware() -> list[tuple[str, str]]:
+    """Processor, memory and accelerators."""
+    import torch
+
+    found = [
+        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
+        ("vector instructions", torch.backends.cpu.get_cpu_capability()),
+    ]
+    if (memory := memory_bytes()) is not None:
+        found.append(("memory", f"{memory / 2**30:.0f} GiB"))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return [*found, ("accelerator", "none that torch can use")]
+    names = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    if accelerator.type == "cuda":
+        properties = [torch.cuda.get_device_properties(i) for i in range(len(names))]
+        names = [f"{n} ({p.name}, {p.total_memory / 2**30:.0f} GiB)" for n, p in zip(names, properties, strict=True)]
+    return [*found, ("accelerator", ", ".join(names))]
+
+
+def memory_bytes() -> int | None:
+    """Main memory, or None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

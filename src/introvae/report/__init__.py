@@ -1,0 +1,1 @@
+"""What a person looks at: the pictures and the page of an evaluated run."""

@@ -1,0 +1,133 @@
+"""The pictures of a report, from a model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from introvae.data import ArrayData
+from introvae.model import IntrospectiveVAE
+from introvae.pictures import image_grid, labelled_rows, stack_columns
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+SAMPLES, COLUMNS, PAIRS, STEPS = 64, 8, 6, 9
+REAL, RECONSTRUCTION, SAMPLE = "#1f4e79", "#2a9d8f", "#c8553d"
+BARS = 256
+"""At most so many latent dimensions get a bar of their own."""
+
+
+def samples(model: IntrospectiveVAE, seed: int = 0) -> Image:
+    """A sheet of draws from the prior."""
+    return image_grid(model.sample(SAMPLES, torch.Generator().manual_seed(seed)), columns=16)
+
+
+def ranked(x: Tensor, y: Tensor, order: Sequence[int], columns: int = COLUMNS) -> Image:
+    """Images and their reconstructions side by side: the best, middle and worst ones.
+
+    Arguments:
+        x, y: images and reconstructions `[N, C, H, W]`.
+        order: rows from the best reconstruction to the worst.
+    """
+    count = min(columns, max(1, len(order) // 3))
+    middle = (len(order) - count) // 2
+    rows = {"best": order[:count], "middle": order[middle : middle + count], "worst": order[-count:]}
+    blocks = {f"{name}: image, reconstruction": stack_columns([x[list(r)], y[list(r)]]) for name, r in rows.items()}
+    return labelled_rows(blocks, columns=2 * count)
+
+
+def interpolations(model: IntrospectiveVAE, x: Tensor) -> Image:
+    """Ways through the latent space between neighbouring images of `x: [2 N, C, H, W]`, a row each, ends included."""
+    ways = model.interpolate(x[0::2], x[1::2], steps=STEPS)
+    rows = torch.cat([x[0::2, None].to(ways), ways, x[1::2, None].to(ways)], dim=1)
+    return image_grid(rows.flatten(0, 1), columns=STEPS + 2)
+
+
+def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
+    """KL of real samples, reconstructions and draws, and the reconstruction error, over the steps of a run."""
+    figure, (left, right) = _axes(2)
+    steps = [row["step"] for row in log]
+    series = (("kl_real", REAL, "real"), ("kl_reconstruction", RECONSTRUCTION, "reconstruction"))
+    for name, colour, label in (*series, ("kl_sample", SAMPLE, "sample")):
+        found = [(row["step"], row[name]) for row in log if row.get(name) is not None]
+        if found:
+            left.plot(*zip(*found, strict=True), color=colour, lw=1.2, label=label)
+    right.plot(steps, [row["rec"] for row in log], color=REAL, lw=1.2)
+    left.set(title="KL to the prior, nats", xlabel="step", ylim=(0, None))
+    unit = "squared error, sum over pixels" if images else "squared error, sum over values"
+    right.set(title=f"Reconstruction: {unit}", xlabel="step", ylim=(0, None))
+    warm = [row["step"] for row in log if row["phase"] == "warmup"]
+    for axis in (left, right):
+        if warm:
+            axis.axvspan(0, max(warm), color="#eeeeee", zorder=0)
+            axis.text(
+                max(warm) / 2, axis.get_ylim()[1] * 0.97, "warm-up", ha="center", va="top", fontsize=7, color="#777777"
+            )
+    left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def latent_use(kl_per_dimension: Tensor) -> Figure:
+    """Mean KL of each latent dimension `[Z]`, sorted."""
+    figure, (axis,) = _axes(1)
+    kl = kl_per_dimension.sort(descending=True).values[:BARS]
+    axis.bar(range(len(kl)), kl.tolist(), width=1.0, color=REAL)
+    axis.set(title="KL of each latent dimension, nats, sorted", xlabel="dimension (rank)", xlim=(-0.5, len(kl) - 0.5))
+    return figure
+
+
+def error_histogram(values: Tensor, title: str) -> Figure:
+    """How a measure of the reconstructions `[N]` is spread over the held-out samples."""
+    figure, (axis,) = _axes(1)
+    axis.hist(values.tolist(), bins=min(40, max(5, len(values) // 10)), color=RECONSTRUCTION)
+    axis.set(title=title, ylabel="held-out samples")
+    return figure
+
+
+def columns_figure(data: ArrayData, reconstruction: Tensor, sample: Tensor) -> Figure:
+    """For a table: the first two principal axes of the held-out rows, and the share of each column's variance that the
+    reconstructions keep.
+    """
+    figure, (left, right) = _axes(2)
+    real = data.heldout.x
+    centre = data.train.x.mean(dim=0)
+    axes = torch.linalg.svd(data.train.x - centre, full_matrices=False).Vh[:2]
+    parts = (("real", real, REAL), ("reconstruction", reconstruction, RECONSTRUCTION), ("sample", sample, SAMPLE))
+    for name, x, colour in parts:
+        points = (x - centre) @ axes.T
+        second = points[:, 1] if points.shape[1] > 1 else torch.zeros(len(points))
+        left.scatter(points[:, 0], second, s=9, alpha=0.6, linewidths=0, color=colour, label=name)
+    left.set(title="First two principal axes", xticks=[], yticks=[])
+    left.legend(fontsize=8, frameon=False)
+    kept = explained(real, reconstruction, centre)
+    names = list(data.column_names or [str(i) for i in range(real.shape[1])])
+    order = kept.argsort()[-20:]
+    right.barh([names[i][:24] for i in order], kept[order].clamp(min=0).tolist(), color=RECONSTRUCTION)
+    right.set(title="Variance kept by the reconstruction", xlim=(0, 1))
+    right.tick_params(axis="y", labelsize=6)
+    return figure
+
+
+def explained(real: Tensor, reconstruction: Tensor, centre: Tensor) -> Tensor:
+    """1 - (squared error) / (squared distance from the training mean) of each column, `[D]`."""
+    spread = (real - centre).square().sum(dim=0).clamp(min=1e-12)
+    return 1 - (real - reconstruction).square().sum(dim=0) / spread
+
+
+def _axes(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * count, 2.9), layout="constrained")
+    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(9)
+        axis.xaxis.label.set_fontsize(8)
+    return figure, axes

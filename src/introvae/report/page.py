@@ -1,0 +1,87 @@
+"""The page of a report: one HTML file that needs nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+CAPTIONS = {
+    "overview": "Held-out data, their reconstructions, and draws from the prior.",
+    "samples": "Samples: latents drawn from the prior, decoded. Nothing was selected.",
+    "ranked": "Held-out images beside their reconstructions, sorted by squared error: the best, the middle, the worst.",
+    "interpolation": "Each row goes from one held-out image (far left) to another (far right); between them the way "
+    "through the latent space, decoded.",
+    "columns": "Held-out rows, reconstructions and samples; and how much of each column the reconstructions keep.",
+    "errors": "How well single held-out samples are reconstructed.",
+    "curves": "Training. In an introspective VAE the KL of fakes stays above that of real data, at a steady distance; "
+    "below it the adversary is asleep.",
+    "latent": "Which latent dimensions carry information. Those near zero are not used.",
+}
+"""What each picture shows, in the order in which the page shows them."""
+
+MEANING = {
+    "mse": "mean squared error",
+    "psnr_db": "peak signal-to-noise ratio, dB; higher is better",
+    "ssim": "structural similarity, at most 1",
+    "kl_real_nats": "KL of held-out data to the prior, nats",
+    "active_units": "latent dimensions in use",
+    "frechet_thumb": "Fréchet distance of 8 x 8 pixel averages (layout, light); lower is better",
+    "frechet_randconv": "Fréchet distance of untrained convolutional features (edges, texture); lower is better",
+    "frechet_values": "Fréchet distance of the standardised values; lower is better",
+    "precision_pixels": "share of samples near real images",
+    "recall_pixels": "share of real images near samples",
+    "confident_share": "share of samples that a classifier is sure of",
+    "class_entropy_nats": "spread of the samples over the classes, nats",
+    "kl_soft_introvae": "KL of histograms, authors' protocol; lower is better",
+    "jsd_soft_introvae": "Jensen-Shannon divergence, authors' protocol; lower is better",
+    "kl_nats": "KL of normalised histograms, nats; lower is better",
+    "jsd_nats": "Jensen-Shannon divergence, nats; lower is better",
+    "energy_distance": "energy distance; lower is better",
+    "modes": "modes found",
+    "share_within_3_sigma": "share of samples within 3 sigma of a mode",
+    "gnelbo": "grid-normalised ELBO; lower is better",
+}
+"""The metrics in a reader's words."""
+
+
+def render(report: dict[str, Any], folder: Path, settings: str, environment: Sequence[tuple[str, str]]) -> str:
+    """The page as text.
+
+    Arguments:
+        report: as in report.json.
+        folder: of the run, where the pictures lie.
+        settings: the text of config.yaml.
+        environment: names and versions of what computed it.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["number"] = number
+    pictures = [
+        {"name": name, "caption": caption, "source": _embedded(folder / report["pictures"][name])}
+        for name, caption in CAPTIONS.items()
+        if name in report["pictures"]
+    ]
+    return jinja.from_string(TEMPLATE.read_text()).render(
+        report=report, pictures=pictures, settings=settings, environment=environment, meaning=MEANING
+    )
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def number(value: float | int | None) -> str:
+    """Four significant digits, or nothing.
+
+    Example:
+        >>> number(0.12345), number(12345.6), number(None)
+        ('0.1235', '12,346', '')
+    """
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
