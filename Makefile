@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo faces test check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -15,6 +15,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # Trains on scikit-learn's digits, prints the numbers and where the pictures are.
 demo: $(VENV)/.ready
 	$(BIN)/introvae fit --data digits --out runs/demo-$$(date +%Y%m%d-%H%M%S) --evaluate
+
+# The README's faces: a Parquet file of them becomes a folder of JPEG files with thirty odd ones, ten minutes of training.
+FACES ?= ../shared/data/faces-lfw-gray/train.parquet
+faces: $(VENV)/.ready
+	$(BIN)/python tests/unprepared.py $(FACES) runs/faces
+	$(BIN)/introvae fit --data runs/faces --size 64 --group '^(\d+)_' --out runs/faces-$$(date +%Y%m%d-%H%M%S) --evaluate
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import matplotlib as mpl
 import pytest
 import torch
 
+from commands import REMEDY, Command, Refused, Said, call, one_line
+
 mpl.use("Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -20,3 +22,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("INTROVAE_CACHE")
     if before is not None:
         os.environ["INTROVAE_CACHE"] = before
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process."""
+
+    def run(*words: object) -> Said:
+        capsys.readouterr()
+        code = call(*words)
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Command) -> Refused:
+    """Run a command that must fail with exit code 2 and one line that says what to do; returns the line."""
+
+    def run(*words: object) -> str:
+        said = command(*words)
+        assert said.code == 2, said
+        assert one_line(said.err), said.err
+        assert REMEDY.search(said.err), f"no remedy in: {said.err}"
+        return said.err
+
+    return run

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,65 +17,14 @@ import torch
 import yaml
 from PIL import Image
 
+from commands import Command, Refused, Said, call, one_line
 from introvae import IntrospectiveVAE, Run
-from introvae.cli import COMMANDS, main
+from introvae.cli import COMMANDS
 from introvae.training import config as settings
 
 SCRIPT = Path(sys.executable).parent / "introvae"
 PLANE = ["--recipe", "none", "--quiet", "--data", "density:8gaussians", "--network", "tiny-mlp", "--steps", "3"]
 DIGITS = ["--recipe", "none", "--quiet", "--data", "digits", "--network", "tiny-conv", "--steps", "3"]
-REMEDY = re.compile(
-    r"\b(choose|give|lower|raise|resume|remove|resize|convert|use|start|finish|train|restore|update|scale|fill|must|"
-    r"see introvae|made by|go on|takes)\b"
-)
-"""Words with which a message says what to do, or what is possible."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command returned and printed."""
-
-    code: int | str | None
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-Refused = Callable[..., str]
-
-
-def call(*words: object) -> int | str | None:
-    """The exit code of a command, which argparse's own --help gives by `SystemExit`."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command in this process."""
-
-    def run(*words: object) -> Said:
-        capsys.readouterr()
-        code = call(*words)
-        return Said(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(command: Command) -> Refused:
-    """Run a command that must fail with exit code 2 and one line that says what to do; returns the line."""
-
-    def run(*words: object) -> str:
-        said = command(*words)
-        assert said.code == 2, said
-        assert one_line(said.err)
-        assert REMEDY.search(said.err), f"no remedy in: {said.err}"
-        return said.err
-
-    return run
 
 
 @pytest.fixture
@@ -89,10 +37,6 @@ def refused_fit(refused: Refused, tmp_path: Path) -> Refused:
         return message
 
     return run
-
-
-def one_line(err: str) -> bool:
-    return err.startswith("introvae: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +151,18 @@ def test_fit_on_digits_fills_a_run_folder_with_a_report(digits: Run) -> None:
         "log.jsonl",
         "images/final.png",
         "images/evaluation.png",
+        "images/evaluation-samples.png",
+        "images/evaluation-ranked.png",
+        "images/evaluation-interpolation.png",
+        "images/evaluation-errors.png",
+        "images/evaluation-latent.png",
+        "images/evaluation-curves.png",
         "checkpoints/step_00000000.pt",
         "checkpoints/step_00000003.pt",
         "model/config.json",
         "model/model.safetensors",
         "report.json",
+        "report.html",
     }
     with Image.open(digits.images / "final.png") as picture:
         assert (picture.format, picture.mode) == ("PNG", "RGB")
@@ -223,7 +174,14 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
     assert report["run"] == str(digits.folder)
     assert report["data"] == "digits"
     assert report["steps"] == 3
-    assert {"psnr_db", "ssim", "mse", "kl_real_nats", "precision_pixels", "recall_pixels"} <= set(report["metrics"])
+    assert set(report) == {
+        *("run", "data", "objective", "seed", "steps", "training_seconds", "picture", "metrics", "train", "heldout"),
+        *("pictures", "worst", "kl_nats_per_dimension"),
+    }
+    assert set(report["metrics"]) == {
+        *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),
+        *("precision_pixels", "recall_pixels", "confident_share", "class_entropy_nats"),
+    }
     for entry in report["metrics"].values():
         assert set(entry) <= {"value", "std", "n", "protocol", "floor"}
         assert entry["n"] > 0
@@ -670,10 +628,9 @@ def with_value(value: float) -> np.ndarray:
     [
         (with_value(np.nan), "1 NaN remove"),
         (with_value(-np.inf), "1 NaN infinite"),
-        (with_value(1.5), "0.5 1.5 scale [0, 1]"),
-        (with_value(-0.25), "-0.25 0.5 [0, 1]"),
-        (FLOATS * 510, "255 uint8"),
-        (np.zeros((20, 1, 8, 8), np.int64), "int64 uint8"),
+        (FLOATS * 510, "images.npy 255 contrast"),
+        (np.zeros((20, 1, 8, 8), np.int64), "images.npy 0 contrast"),
+        (np.zeros((20, 1, 8, 8), np.complex64), "complex64 integers floats"),
         (np.zeros((1, 1, 8, 8), np.uint8), "(1, 1, 8, 8) at least two"),
         (np.zeros((0, 1, 8, 8), np.uint8), "(0, 1, 8, 8)"),
         (np.zeros(20, np.float32), "(20,) [N, C, H, W]"),
@@ -950,7 +907,12 @@ def test_evaluate_refuses_data_of_another_shape(refused: Refused, digits: Run, p
         ("evaluate RUN --data foo", "foo digits"),
         ("evaluate RUN more", "more"),
         ("recipes foo", "foo"),
-        ("nope", "nope fit, evaluate, sample, reconstruct, recipes"),
+        ("interpolate RUN a.png -o x.npy", "end"),
+        ("interpolate RUN a.png b.png", "-o"),
+        ("interpolate RUN a.png b.png -o x.npy --steps few", "--steps few"),
+        ("doctor foo", "foo"),
+        ("doctor --clear", "--clear"),
+        ("nope", "nope fit, evaluate, sample, reconstruct, interpolate, recipes, doctor"),
         ("--nope", "--nope fit, evaluate"),
     ],
 )

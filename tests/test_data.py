@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
 
-from introvae.data import ArrayData, DensityData, Part, from_array, load_data
+from introvae.data import ArrayData, DataOptions, DensityData, Part, from_array, load_data
 from introvae.data.arrays import ArrayBatches, split, to_float
 from introvae.data.densities import list_densities
 from introvae.errors import ConfigError, DataError
@@ -247,12 +248,21 @@ def test_arrays_that_are_refused(x: Tensor | np.ndarray, message: str):
 
 @pytest.mark.parametrize(
     "labels",
-    [torch.zeros(9, dtype=torch.long), torch.zeros(10), torch.zeros(10, 1, dtype=torch.long), np.zeros(10)],
+    [torch.zeros(9, dtype=torch.long), torch.zeros(10), torch.zeros(10, 2, dtype=torch.long), np.zeros(10)],
     ids=["too_few", "floats", "columns", "numpy_floats"],
 )
 def test_labels_that_are_refused(labels: Tensor | np.ndarray):
     with pytest.raises(DataError, match="labels of mine must be 10 integers"):
         from_array(torch.rand(10, 5, generator=generator()), labels, name="mine")
+
+
+def test_labels_in_one_column_are_taken():
+    x = torch.arange(10.0)[:, None]
+    data = from_array(x, torch.arange(10)[:, None])
+    for part in (data.train, data.heldout):
+        assert part.labels is not None
+        assert part.labels.shape == (len(part),)
+        assert part.labels.tolist() == part.x[:, 0].tolist()
 
 
 # Batches
@@ -365,8 +375,10 @@ def test_an_unknown_density_lists_the_densities():
 
 @pytest.mark.parametrize("name", ["mnist-please", "no/such/file.npy", "no/such/file.parquet"])
 def test_an_unknown_name_lists_the_choices(name: str):
-    with pytest.raises(DataError, match=rf"{name}.*digits, density:8gaussians, .*density:rings.*\.parquet or \.npy"):
+    with pytest.raises(DataError, match=rf"{name}'.*digits, density:8gaussians, .*density:rings") as caught:
         load_data(name)
+    for choice in ("folder of images", "scans", ".parquet", ".npy", ".npz", ".csv", "on the hub"):
+        assert choice in str(caught.value)
 
 
 def test_data_and_arrays_pass_through():
@@ -376,10 +388,13 @@ def test_data_and_arrays_pass_through():
     assert torch.equal(load_finite(IMAGES.numpy()).train.x, data.train.x)
 
 
-def test_a_folder_or_file_without_parquet_says_so(tmp_path: Path):
+def test_a_folder_or_file_without_images_says_so(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing here")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(DataError, match=r"holds no Parquet file: give a \.parquet or \.npy file or a folder"):
+        wanted = (
+            rf"^{re.escape(str(path))} has no readable image \(1 files? .*notes\.txt: no image that Pillow can read\)"
+        )
+        with pytest.raises(DataError, match=wanted):
             load_data(path)
 
 
@@ -394,9 +409,9 @@ def test_npy_files(tmp_path: Path, array: np.ndarray):
     np.save(path, array)
     data, wanted = load_finite(path), from_array(array)
     assert data.name == str(path)
-    assert torch.equal(data.train.x, wanted.train.x)
+    assert rows(data.train.x) == rows(wanted.train.x)
     assert torch.equal(data.heldout.x, wanted.heldout.x)
-    assert torch.equal(load_finite(str(path)).train.x, wanted.train.x)
+    assert torch.equal(load_finite(str(path)).train.x, data.train.x)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 7, 9, 60, 128, 1000, -1])
@@ -573,37 +588,58 @@ def test_kinds_of_images(tmp_path: Path, mode: str, channels: int):
         assert sorted(values(data.train) + values(data.heldout)) == list(range(100, 110))
 
 
-def test_images_of_several_sizes_are_refused(tmp_path: Path):
-    path = write_parquet(tmp_path / "x.parquet", grey(4) + grey(1, side=9))
-    with pytest.raises(DataError, match=r"row 4 is 11 x 9 pixels, the first 8 x 6: make them one size"):
-        load_data(path)
+def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path):
+    data = load_finite(write_parquet(tmp_path / "x.parquet", grey(9, first=100) + grey(1, side=9, first=109)))
+    assert data.shape == (1, 32, 32)
+    assert data.intake is not None
+    assert data.intake.skipped == ()
+    assert (data.intake.found, data.intake.used) == (10, 10)
+    assert any("10 of 10 pictures (2 sizes) are brought to 32 x 32 pixels" in remark for remark in data.intake.remarks)
+    x = torch.cat([data.train.x, data.heldout.x])
+    assert sorted(x[:, 0, 16, 16].tolist()) == list(range(100, 110))
+    assert (x[:, 0, 0] == 0).all()  # wider than high: black above and below
 
 
-def test_splits_of_several_sizes_are_refused(tmp_path: Path):
-    write_parquet(tmp_path / "train.parquet", grey(4))
-    write_parquet(tmp_path / "test.parquet", grey(4, side=9))
-    with pytest.raises(DataError, match=r"several sizes \(.*\): make them one size") as caught:
-        load_data(tmp_path)
-    assert "train 8 x 6" in str(caught.value)
-    assert "test 11 x 9" in str(caught.value)
+def test_splits_of_several_sizes_are_brought_to_one(tmp_path: Path):
+    write_parquet(tmp_path / "train.parquet", grey(4, first=100))
+    write_parquet(tmp_path / "test.parquet", grey(4, side=9, first=200))
+    data = load_finite(tmp_path)
+    assert data.train.x.shape == data.heldout.x.shape == (4, 1, 32, 32)
+    assert data.train.x[:, 0, 16, 16].tolist() == [100, 101, 102, 103]
+    assert data.heldout.x[:, 0, 16, 16].tolist() == [200, 201, 202, 203]
 
 
-@pytest.mark.parametrize(
-    ("array", "mode"), [(np.full((6, 6), 40_000, np.uint16), "I;16"), (np.full((6, 6), 0.5, np.float32), "F")]
-)
-def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, array: np.ndarray, mode: str):
+def deep(array: np.ndarray, mode: str) -> dict[str, Any]:
     image, buffer = Image.fromarray(array), io.BytesIO()
     assert image.mode == mode
     image.save(buffer, format="TIFF")
-    path = write_parquet(tmp_path / "x.parquet", [*grey(1), {"bytes": buffer.getvalue(), "path": None}])
-    with pytest.raises(DataError, match=f"row 1 has mode {mode}: convert it to 8-bit grey or RGB"):
-        load_data(path)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
-def test_a_file_without_image_column_is_refused(tmp_path: Path):
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_images_of_more_than_8_bits_go_through_the_window(tmp_path: Path, kind: Any, mode: str):
+    rng = np.random.default_rng(0)
+    arrays = [(rng.uniform(1000, 60_000, (6, 6))).astype(kind) for _ in range(10)]
+    data = load_finite(write_parquet(tmp_path / "x.parquet", [deep(array, mode) for array in arrays]))
+    assert data.shape == (1, 6, 6)
+    low, high = np.percentile(np.stack(arrays).astype(np.float64), (0.5, 99.5))
+    wanted = np.clip((np.stack(arrays).astype(np.float64) - low) / (high - low) * 255, 0, 255)
+    found = {name: image for part in (data.train, data.heldout) for name, image in zip(part.names, part.x, strict=True)}
+    for row, image in enumerate(wanted):
+        assert np.abs(found[f"row {row}"][0].numpy() - image).max() < 0.51
+
+
+def test_a_folder_of_files_without_image_column_is_refused(tmp_path: Path):
     datasets.Dataset.from_dict({"pixels": [[1.0], [2.0]], "label": [0, 1]}).to_parquet(str(tmp_path / "x.parquet"))
     with pytest.raises(DataError, match="has no image column: its columns are pixels, label"):
-        load_data(tmp_path / "x.parquet")
+        load_data(tmp_path)
+
+
+def test_a_file_without_image_column_is_a_table(tmp_path: Path):
+    path = tmp_path / "x.parquet"
+    datasets.Dataset.from_dict({"pixels": [[1.0], [2.0]], "label": [0, 1]}).to_parquet(str(path))
+    with pytest.raises(DataError, match=r"x\.parquet has columns that cannot be used \(.*pixels\)"):
+        load_data(path)
 
 
 def test_an_image_column_of_another_name_is_taken(tmp_path: Path):
@@ -625,45 +661,73 @@ def test_a_cut_file_is_refused(tmp_path: Path, kept: float, whole_folder: bool):
     path = write_parquet(tmp_path / "train.parquet", grey(20))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
-    with pytest.raises(DataError, match="cannot be read as Parquet images") as caught:
+    with pytest.raises(DataError, match=r"cannot be read as image data") as caught:
         load_data(tmp_path if whole_folder else path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_image_inside_is_refused(tmp_path: Path):
+def test_a_broken_image_inside_is_skipped_and_named(tmp_path: Path):
     broken = png(grey(1)[0])
     broken["bytes"] = broken["bytes"][:40]
-    path = write_parquet(tmp_path / "x.parquet", [*grey(3), broken])
-    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet images"):
-        load_data(path)
+    data = load_finite(write_parquet(tmp_path / "x.parquet", [*grey(3), broken, *grey(3, first=50)]))
+    assert data.intake is not None
+    assert (data.intake.found, data.intake.used) == (7, 6)
+    assert [name for name, _ in data.intake.skipped] == ["row 3"]
+    assert sorted(values(data.train) + values(data.heldout)) == [0, 1, 2, 50, 51, 52]
 
 
-def test_a_row_without_image_is_refused(tmp_path: Path):
-    path = write_parquet(tmp_path / "x.parquet", [*grey(3), None])
-    with pytest.raises(DataError, match="row 3 has no image"):
-        load_data(path)
+def test_a_row_without_image_is_skipped_and_named(tmp_path: Path):
+    data = load_finite(write_parquet(tmp_path / "x.parquet", [*grey(3), None, *grey(2, first=50)]))
+    assert data.intake is not None
+    assert (data.intake.found, data.intake.used) == (6, 5)
+    assert data.intake.skipped == (("row 3", "no image"),)
+    assert sorted(values(data.train) + values(data.heldout)) == [0, 1, 2, 50, 51]
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_a_file_needs_two_images(tmp_path: Path, n: int):
+def test_a_skipped_row_takes_its_label_with_it(tmp_path: Path):
+    images = grey(20)
+    data = load_finite(write_parquet(tmp_path / "x.parquet", [*images[:7], None, *images[8:]], list(range(20))))
+    for part in (data.train, data.heldout):
+        assert part.labels is not None
+        assert part.labels.tolist() == values(part)
+        assert list(part.names) == [f"row {value}" for value in values(part)]
+
+
+@pytest.mark.parametrize(("n", "message"), [(0, "has no readable image"), (1, "has one readable image only")])
+def test_a_file_needs_two_images(tmp_path: Path, n: int, message: str):
     path = write_parquet(tmp_path / "x.parquet", grey(n))
-    with pytest.raises(DataError, match=f"holds {n} images: give at least two"):
+    with pytest.raises(DataError, match=f"{message}: give at least two"):
         load_data(path)
 
 
-@pytest.mark.parametrize(
-    ("labels", "feature"),
-    [
-        (["cat", "dog"] * 5, datasets.Value("string")),
-        ([0.25, 0.75] * 5, datasets.Value("float32")),
-    ],
-    ids=["words", "fractions"],
-)
-def test_labels_in_a_file_that_are_no_integers_are_named(tmp_path: Path, labels: list, feature: Any):
-    path = write_parquet(tmp_path / "x.parquet", grey(10), labels, feature)
-    with pytest.raises(DataError) as caught:
+def test_words_as_labels_become_class_names(tmp_path: Path):
+    words = ["dog", "cat", "newt", "dog", "cat"] * 2
+    data = load_finite(write_parquet(tmp_path / "x.parquet", grey(10), words, datasets.Value("string")))
+    assert data.class_names == ("cat", "dog", "newt")
+    for part in (data.train, data.heldout):
+        assert part.labels is not None
+        assert [data.class_names[label] for label in part.labels] == [words[value] for value in values(part)]
+
+
+def test_a_row_without_label_is_of_no_class(tmp_path: Path):
+    words = ["dog", None, "cat", *["dog"] * 7]
+    data = load_finite(write_parquet(tmp_path / "x.parquet", grey(10), words, datasets.Value("string")))
+    for part in (data.train, data.heldout):
+        assert part.labels is not None
+        assert part.labels.tolist() == [{0: 1, 1: -1, 2: 0}.get(value, 1) for value in values(part)]
+
+
+def test_fractions_as_labels_are_refused(tmp_path: Path):
+    path = write_parquet(tmp_path / "x.parquet", grey(10), [0.25, 0.75] * 5, datasets.Value("float32"))
+    with pytest.raises(DataError, match=r"label in row 0 is 0\.25"):
         load_data(path)
-    assert "label" in str(caught.value).replace(str(path), "")
+
+
+def test_fractions_are_let_be_where_no_labels_are_asked_for(tmp_path: Path):
+    path = write_parquet(tmp_path / "x.parquet", grey(10), [0.25, 0.75] * 5, datasets.Value("float32"))
+    data = load_data(path, DataOptions(label="none"))
+    assert isinstance(data, ArrayData)
+    assert data.train.labels is None
 
 
 def test_progress_bars_are_as_before(tmp_path: Path):

@@ -76,13 +76,18 @@ introvae.load_data("density:rings").batches(4, seed=0).next("cpu")
     assert not loaded_after(code) & HEAVY
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["nope"], ["sample", "--help"], ["evaluate", "--help"]])
+COMPUTING = ("sample", "evaluate", "reconstruct", "interpolate")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["nope"], ["doctor", "--help"], *([name, "--help"] for name in COMPUTING)]
+)
 def test_commands_that_compute_nothing_import_nothing_heavy(words: list[str]) -> None:
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     done = subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True, check=False, timeout=120)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "introvae" in imported  # the profile is there
-    needless = HEAVY if words[0] in ("sample", "evaluate") else HEAVY | {"torch", "numpy"}
+    needless = HEAVY if words[0] in COMPUTING else HEAVY | {"torch", "numpy"}
     assert not imported & needless
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from introvae.data import ArrayData, DensityData, from_array, load_data
+    from introvae.data import ArrayData, DataOptions, DensityData, from_array, load_data
     from introvae.errors import (
         CheckpointError,
         ConfigError,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DivergedError,
         InterruptedRunError,
         IntrovaeError,
+        MissingExtraError,
         RunError,
     )
     from introvae.evaluation import evaluate
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DataOptions",
     "DensityData",
     "DiagonalGaussian",
     "DivergedError",
@@ -48,6 +50,7 @@ __all__ = [
     "IntrospectiveStep",
     "IntrospectiveVAE",
     "IntrovaeError",
+    "MissingExtraError",
     "Noise",
     "Objective",
     "Run",
@@ -64,7 +67,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "introvae.data": ("ArrayData", "DensityData", "from_array", "load_data"),
+    "introvae.data": ("ArrayData", "DataOptions", "DensityData", "from_array", "load_data"),
     "introvae.errors": (
         "CheckpointError",
         "ConfigError",
@@ -72,6 +75,7 @@ _HOMES = {
         "DivergedError",
         "InterruptedRunError",
         "IntrovaeError",
+        "MissingExtraError",
         "RunError",
     ),
     "introvae.evaluation": ("evaluate",),

@@ -187,9 +187,10 @@ def _report(run: Run, **options: Any) -> None:
     if report["training_seconds"] is not None:
         print(f"training took {report['training_seconds']:.0f} s for {report['steps']} steps")
     print(table(report, options.get("metrics", ())))
-    picture = run.folder / report["picture"]
-    report_path = run.folder / picture.with_suffix(".json").name.replace("evaluation", "report", 1)
-    print(f"report   {report_path}\npage     {report_path.with_suffix('.html')}\npicture  {picture}")
+    page = run.folder / report["page"]
+    print(f"report   {page.with_suffix('.json')}\npage     {page}")
+    if "overview" in report["pictures"]:
+        print(f"picture  {run.folder / report['pictures']['overview']}")
 
 
 def _sample(words: list[str]) -> None:
@@ -272,7 +273,7 @@ def _interpolate(words: list[str]) -> None:
     model = Run.open(own.run).model()
     starts, ends = (read_samples(model, [name])[0] for name in (own.start, own.end))
     if len(starts) != len(ends):
-        raise DataError(f"{own.start} has {len(starts)} slices and {own.end} {len(ends)}: give two of one kind")
+        raise DataError(f"{own.start} has {len(starts)} samples and {own.end} {len(ends)}: give as many of each")
     ways = model.interpolate(starts, ends, own.steps, own.spherical)
     names = [f"way_{i:03d}_{j:03d}.png" for i in range(len(ways)) for j in range(own.steps)]
     print(write_samples(ways.flatten(0, 1), Path(own.output), names, columns=own.steps, model=model))
@@ -321,7 +322,7 @@ def _recipes(words: list[str]) -> None:
     parser = _parser("recipes", "List the settings that come with the package.", "example:\n  introvae recipes")
     parser.parse_args(words)
     for name in settings.list_recipes():
-        head = settings.recipe_path(name).read_text().splitlines()[0].lstrip("# ")
+        head = settings.recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:<28} {head}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, load_data, preparation_from
+from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, TablePreparation, load_data, preparation_from
 from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
 from introvae.machine import versions
@@ -69,9 +69,9 @@ def evaluate(
         if name not in found:
             raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found)}")
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data"
-    suffix = "" if loaded.name == config.data else f"-{stem}"
+    suffix = "" if _same(loaded.name, config.data) else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
-    before = json.loads(path.read_text())["metrics"] if metrics and path.is_file() else {}
+    before = json.loads(path.read_text(encoding="utf-8"))["metrics"] if metrics and path.is_file() else {}
     rows = run.log()
     report: dict[str, Any] = {
         "run": str(run.folder),
@@ -80,7 +80,7 @@ def evaluate(
         "seed": config.seed,
         "steps": config.steps,
         "training_seconds": rows[-1]["seconds"] if rows else None,
-        "picture": f"images/evaluation{suffix}.png",
+        "page": path.with_suffix(".html").name,
         "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }
     if isinstance(loaded, ArrayData):
@@ -88,13 +88,19 @@ def evaluate(
     if isinstance(loaded, ArrayData) and loaded.intake is not None:
         report["intake"] = loaded.intake.to_dict()
     try:
-        report |= _draw(run, model, loaded, report["picture"], rows if not suffix else [])
+        report |= _draw(run, model, loaded, f"images/evaluation{suffix}.png", rows if not suffix else [])
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-        page = render({"worst": [], "intake": None, **report}, run.folder, run.config_path.read_text(), versions())
-        write_atomically(path.with_suffix(".html"), page.encode())
+        settings = run.config_path.read_text(encoding="utf-8")
+        page = render({"worst": [], "intake": None, **report}, run.folder, settings, versions())
+        write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
     return report
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two values of `--data` are one name, or lead to one path."""
+    return one == other or Path(one).expanduser().absolute() == Path(other).expanduser().absolute()
 
 
 def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | None) -> Data:
@@ -106,6 +112,8 @@ def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | 
         if data is not None:  # a pattern or column of the run's data need not be there
             options = dataclasses.replace(options, group=None, label=None, columns=(), drop=())
         loaded = load_data(config.data if data is None else data, options, prepared)
+    if isinstance(prepared, TablePreparation) and not isinstance(loaded, ArrayData):
+        raise DataError(f"{loaded.name} are points and the model takes rows of a table: give a table with its columns")
     if loaded.shape != model.shape:
         raise DataError(
             f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}: give data of that shape"

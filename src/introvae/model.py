@@ -146,7 +146,7 @@ class IntrospectiveVAE(nn.Module):
             DataError: the ends have different shapes, or not the model's.
         """
         if steps < 2:
-            raise ConfigError(f"steps is {steps}: an interpolation needs at least 2")
+            raise ConfigError(f"steps is {steps}: give at least 2")
         if a.shape != b.shape:
             raise DataError(f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}: give as many of each")
         start, end = self.encode(a).mode[:, None], self.encode(b).mode[:, None]

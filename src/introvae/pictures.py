@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +124,9 @@ def save_picture(picture: Image | Figure, path: str | Path) -> Path:
 
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=110)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in a script the font lacks
+            picture.savefig(buffer, format="png", dpi=110)
     else:
         picture.save(buffer, format="PNG", optimize=True)
     write_atomically(path, buffer.getvalue())

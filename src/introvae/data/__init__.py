@@ -154,7 +154,10 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
     if path.exists():
         return load_images(FolderSource(path, options), options, preparation)
     if HUB_NAME.fullmatch(name):
-        return load_images(RowSource(name, name, options), options, preparation)
+        try:
+            return load_images(RowSource(name, name, options), options, preparation)
+        except DataError as error:
+            raise DataError(f"there is no folder or file {name} here, and as a name on the hub: {error}") from error
     choices = ", ".join(f"density:{density}" for density in list_densities())
     raise DataError(
         f"unknown data {name!r}: choose digits, {choices}, the path of a folder of images, scans or Parquet files, of "

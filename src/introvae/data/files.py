@@ -126,9 +126,17 @@ def _eight_bit(
         bad = sum(int((~np.isfinite(array[i : i + CHUNK])).sum()) for i in range(0, len(array), CHUNK))
         if bad:
             raise DataError(f"{name} holds {bad} NaN or infinite values: remove or fill them")
+        if window is None and preparation is not None and not _unit_floats(array):
+            raise DataError(
+                f"{name} has more than 8 bits ({array.dtype}) and the model saw 8-bit images only, so there is no "
+                "window: give uint8"
+            )
         if window is None:
             stride = max(1, len(array) // 512)
-            window = window_of(np.asarray(array[::stride]), options.window)
+            try:
+                window = window_of(np.asarray(array[::stride]), options.window)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
             if window != (0.0, 1.0):
                 remarks.append(f"values from {window[0]:.6g} to {window[1]:.6g} become black to white")
     first = channels_first(torch.from_numpy(np.array(array[:1])))
@@ -148,6 +156,10 @@ def _eight_bit(
         images = channels_first(torch.from_numpy(x))
         made[start : start + len(x)] = images if alike else torch.stack([_resized(i, preparation) for i in images])
     return made, preparation
+
+
+def _unit_floats(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.floating) and float(array.min()) >= 0 and float(array.max()) <= 1
 
 
 def _resized(image: torch.Tensor, prepare: Preparation) -> torch.Tensor:

@@ -127,7 +127,10 @@ class _Survey:
         per_file = options.window_of == "file" and bool(self.values)
         window = None
         if self.values and not per_file:
-            window = window_of(np.concatenate(self.values), options.window)
+            try:
+                window = window_of(np.concatenate(self.values), options.window)
+            except DataError as error:
+                raise DataError(f"the pictures of more than 8 bits: {error}") from error
         percentiles = options.window if per_file else None
         return Preparation(size, channels, options.fit, window, percentiles, options.axis, options.slices)
 

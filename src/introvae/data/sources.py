@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 import re
 import stat
@@ -376,16 +377,23 @@ def label_column(names: list[str], asked: str | None, source: str) -> str | None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """`datasets` without bars and logs: our one line says what is wrong."""
+    """`datasets` and the hub without bars and logs: our one line says what is wrong."""
     import datasets
+    from huggingface_hub.utils import logging as hub
 
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    bars, verbosity, hub_verbosity = (
+        datasets.is_progress_bar_enabled(),
+        datasets.logging.get_verbosity(),
+        hub.get_verbosity(),
+    )
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if bars:
             datasets.enable_progress_bars()
 

@@ -78,11 +78,11 @@ def load_table(path: Path, options: DataOptions, preparation: TablePreparation |
     label = label_column(names, options.label, str(path))
     if options.group is not None and options.group not in names:
         raise ConfigError(f"{path} has no column {options.group!r} for --group: choose one of {', '.join(names)}")
+    if len(frame) < 2:
+        raise DataError(f"{path} has {len(frame)} rows: give at least two")
     known = preparation is not None
     columns = list(preparation.columns) if preparation else _columns(path, names, options, label)
     values = _values(path, frame, columns, constant_allowed=known)
-    if len(values) < 2:
-        raise DataError(f"{path} has {len(values)} rows: give at least two")
     groups = [] if options.group is None else [_group(value) for value in frame[options.group]]
     rows = heldout_rows(len(values), options.heldout, options.heldout_seed, groups)
     kept = np.setdiff1d(np.arange(len(values)), rows)

@@ -87,12 +87,19 @@ class Objective:
     def check(self, latent_dim: int, batch_size: int) -> None:
         """Raise `ConfigError` where the objective cannot work with these; called before a run begins."""
 
+    def fitted(self, pixels: int) -> Objective:
+        """The objective with settings that depend on the size of a sample (its number of values) filled in."""
+        return self
+
     def scale_of(self, x: Tensor) -> float:
         """The factor s in front of the losses; 1 unless an objective has one."""
         return 1.0
 
     def values(self, progress: float = 1.0) -> dict[str, float]:
         """The changeable settings after the share `progress` in [0, 1] of the adversarial steps."""
+        for name in self.tunable:
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} is not chosen yet: give a number, or use objective.fitted(pixels)")
         return {name: float(getattr(self, name)) for name in self.tunable}
 
     def at(self, progress: float) -> Objective:

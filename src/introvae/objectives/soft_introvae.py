@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from introvae.errors import not_negative, one_of, positive
 from introvae.objectives.base import Judged, Objective, Values, mean_over_fakes
+
+RELATIVE_BETA_NEG = 0.03
+"""s beta_neg. The encoder's push on a fake's KL, s beta_neg exp(-alpha s beta_neg KL), balances the decoder's,
+s beta_kl, at KL = ln(beta_neg / beta_kl) / (alpha s beta_neg): near 100 nats for images of 28 to 128 pixels and beta_kl near 0.1,
+a little above what real images have.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class SoftIntroVAE(Objective):
         beta_rec: weight of the squared error summed over pixels.
         beta_kl: weight of the KL of real images (encoder) and of fakes (decoder), in nats.
         beta_neg: weight of the fakes' KL inside the encoder's exponential. Too small: training diverges. Too big:
-            KL(fake) falls under KL(real) and the adversary sleeps.
+            KL(fake) falls under KL(real) and the adversary sleeps. None is `RELATIVE_BETA_NEG` / s, chosen when the
+            data are known.
         gamma_r: weight of the fakes' reconstruction in the decoder's loss. The authors' 1e-8 changes gradients by
             5e-9 relative, so the default is 0, which saves the second decode.
         alpha: sharpness of the exponential (the paper's 2).
@@ -42,7 +49,7 @@ class SoftIntroVAE(Objective):
 
     beta_rec: float = 1.0
     beta_kl: float = 1.0
-    beta_neg: float = 256.0
+    beta_neg: float | None = 256.0
     gamma_r: float = 0.0
     alpha: float = 2.0
     scale: float | None = None
@@ -53,7 +60,9 @@ class SoftIntroVAE(Objective):
 
     def __post_init__(self) -> None:
         positive(beta_rec=self.beta_rec, alpha=self.alpha)
-        not_negative(beta_kl=self.beta_kl, beta_neg=self.beta_neg, gamma_r=self.gamma_r)
+        not_negative(beta_kl=self.beta_kl, gamma_r=self.gamma_r)
+        if self.beta_neg is not None:
+            not_negative(beta_neg=self.beta_neg)
         if self.scale is not None:
             positive(scale=self.scale)
         one_of(("paper", "official_code"), variant=self.variant)
@@ -63,6 +72,16 @@ class SoftIntroVAE(Objective):
         if self.gamma_r == 0:
             return ""
         return "redecode" if self.variant == "official_code" else "fake"
+
+    def fitted(self, pixels: int) -> SoftIntroVAE:
+        """With beta_neg chosen for samples of this many values, where it is None.
+
+        Example:
+            >>> SoftIntroVAE(beta_neg=None).fitted(pixels=64 * 64).beta_neg
+            122.88
+        """
+        scale = self.scale if self.scale is not None else 1 / pixels
+        return self if self.beta_neg is not None else replace(self, beta_neg=RELATIVE_BETA_NEG / scale)
 
     def scale_of(self, x: Tensor) -> float:
         return self.scale if self.scale is not None else 1.0 / x[0].numel()

@@ -23,8 +23,8 @@ BARS = 256
 """At most so many latent dimensions get a bar of their own."""
 
 
-def samples(model: IntrospectiveVAE, seed: int = 0) -> Image:
-    """A sheet of draws from the prior."""
+def samples(model: IntrospectiveVAE, seed: int = 1) -> Image:
+    """A sheet of draws from the prior; the overview has those of seed 0."""
     return image_grid(model.sample(SAMPLES, torch.Generator().manual_seed(seed)), columns=16)
 
 
@@ -108,7 +108,9 @@ def columns_figure(data: ArrayData, reconstruction: Tensor, sample: Tensor) -> F
     kept = explained(real, reconstruction, centre)
     names = list(data.column_names or [str(i) for i in range(real.shape[1])])
     order = kept.argsort()[-20:]
-    right.barh([names[i][:24] for i in order], kept[order].clamp(min=0).tolist(), color=RECONSTRUCTION)
+    places = range(len(order))
+    right.barh(places, kept[order].clamp(min=0).tolist(), color=RECONSTRUCTION)
+    right.set_yticks(places, [names[i][:24] for i in order], parse_math=False)
     right.set(title="Variance kept by the reconstruction", xlim=(0, 1))
     right.tick_params(axis="y", labelsize=6)
     return figure

@@ -11,7 +11,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 CAPTIONS = {
     "overview": "Held-out data, their reconstructions, and draws from the prior.",
-    "samples": "Samples: latents drawn from the prior, decoded. Nothing was selected.",
+    "samples": "More samples: latents drawn from the prior, decoded. Nothing was selected.",
     "ranked": "Held-out images beside their reconstructions, sorted by squared error: the best, the middle, the worst.",
     "interpolation": "Each row goes from one held-out image (far left) to another (far right); between them the way "
     "through the latent space, decoded.",
@@ -66,7 +66,7 @@ def render(report: dict[str, Any], folder: Path, settings: str, environment: Seq
         for name, caption in CAPTIONS.items()
         if name in report["pictures"]
     ]
-    return jinja.from_string(TEMPLATE.read_text()).render(
+    return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report, pictures=pictures, settings=settings, environment=environment, meaning=MEANING
     )
 

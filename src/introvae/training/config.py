@@ -217,7 +217,7 @@ def _whole_objective(asked: str | None, files: Sequence[Path]) -> list[str]:
     name, settings = SoftIntroVAE.__name__, {}
     for file in files:
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             content = None  # the parser will say what is wrong
         block = content.get("objective") if isinstance(content, dict) else None

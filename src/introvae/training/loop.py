@@ -111,7 +111,7 @@ class Trainer:
         )
         if self.step_index == 0:
             self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
-            if isinstance(self.data, ArrayData) and self.data.intake is not None:
+            if isinstance(self.data, ArrayData) and self.data.intake is not None and not run.events("data"):
                 run.log_event("data", step=0, **self.data.intake.to_dict())
         with bar, open(run.log_path, "a") as log, _stop_on_signal() as stopped:
             while self.step_index < self.steps:
@@ -271,9 +271,12 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
     if latent_dim is None:
         small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
         latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
-    config.objective.check(latent_dim, config.batch_size)
+    objective = config.objective.fitted(math.prod(data.shape))
+    objective.check(latent_dim, config.batch_size)
     network = network_for(data.shape) if config.network == "auto" else config.network
-    return dataclasses.replace(config, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network)
+    return dataclasses.replace(
+        config, objective=objective, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
+    )
 
 
 def pick_device(name: str) -> torch.device:

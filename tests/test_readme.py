@@ -1,0 +1,74 @@
+"""The README's commands run as they are printed, from an empty folder (with fewer steps)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("sh", "python")}
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS["sh"] for line in block.splitlines() if line.strip()]
+
+
+def run(words: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with what examples/own_data.py writes."""
+    where = tmp_path_factory.mktemp("user")
+    assert "python examples/own_data.py" in README
+    run([sys.executable, str(ROOT / "examples" / "own_data.py"), "--out", "."], where)
+    return where
+
+
+def test_every_introvae_command_runs_in_the_order_of_the_readme(folder: Path) -> None:
+    commands = [shlex.split(command) for command in COMMANDS if command.startswith("introvae ")]
+    assert {words[1] for words in commands} >= {"fit", "evaluate", "sample", "reconstruct", "interpolate", "doctor"}
+    for words in commands:
+        fresh = words[1] == "fit" and "--resume" not in words
+        run([*words, "--steps", "6", "--quiet"] if fresh else words, folder)
+    for made in ("runs/mine/report.html", "samples.png", "pairs.png", "way.png", "more-wine.csv"):
+        assert (folder / made).stat().st_size > 500, made
+
+
+def test_make_s_targets_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_python_blocks_run(folder: Path) -> None:
+    assert BLOCKS["python"]
+    for block in BLOCKS["python"]:
+        script, replaced = re.subn(r"steps=\d+", "steps=6", block)
+        assert replaced, "the block trains for as long as it says"
+        run([sys.executable, "-c", script], folder)
+
+
+def test_what_the_readme_points_at_exists() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+    for option in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert known_option(option), f"{option} is no option"
+
+
+def known_option(option: str) -> bool:
+    from introvae.training.config import config_parser
+
+    names = {name for action in config_parser()._actions for name in action.option_strings}
+    own = {"--help", "--dry-run", "--resume", "--recipe", "--clear-cache"}
+    return option.replace("-", "_").replace("__", "--", 1) in names or option in own
