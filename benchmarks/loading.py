@@ -1,7 +1,7 @@
 """How long data take to load, first and again, and how much memory: `python benchmarks/loading.py --json loading.json`.
 
-Made-up photographs (10,000 JPEG files of 128 pixels, brought to 64) and, with --parquet, the images of a Parquet
-file. A second start is a whole `introvae fit`, from the call to the first training step. Each case is a process of its own.
+Made-up photographs (10,000 JPEG files of 128 pixels, brought to 64) and, with --parquet, the images of a Parquet file.
+A second start is a whole `introvae fit`, from the call to its first step. Each case is a process of its own.
 """
 
 from __future__ import annotations

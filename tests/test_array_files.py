@@ -148,6 +148,15 @@ def test_a_cut_archive_is_refused(tmp_path: Path, kept: float):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed by Linux only")
+def test_a_refused_archive_is_closed(tmp_path: Path):
+    path = save(tmp_path / "a.npz", images=images())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError):
+        load(path)
+    assert path not in [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_archive_with_flipped_bytes_is_refused(tmp_path: Path, compressed: bool):
     path = tmp_path / "a.npz"

@@ -189,8 +189,8 @@ def _report(run: Run, **options: Any) -> None:
     print(table(report, options.get("metrics", ())))
     page = run.folder / report["page"]
     print(f"report   {page.with_suffix('.json')}\npage     {page}")
-    if "overview" in report["pictures"]:
-        print(f"picture  {run.folder / report['pictures']['overview']}")
+    if "picture" in report:
+        print(f"picture  {run.folder / report['picture']}")
 
 
 def _sample(words: list[str]) -> None:

@@ -160,6 +160,8 @@ def _draw(run: Run, model: IntrospectiveVAE, data: Data, overview: str, log: lis
         draw("latent", figures.latent_use(kl))
     if log:
         draw("curves", figures.curves(log, images=len(data.shape) == 3))
+    if "overview" in drawn:
+        more["picture"] = overview
     return {"pictures": drawn, **more}
 
 
