@@ -152,8 +152,9 @@ def test_a_cut_archive_is_refused(tmp_path: Path, kept: float):
 def test_a_refused_archive_is_closed(tmp_path: Path):
     path = save(tmp_path / "a.npz", images=images())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         load(path)
+    assert caught.value.__traceback__ is not None  # which keeps alive what was not closed
     assert path not in [link.resolve() for link in Path("/proc/self/fd").iterdir()]
 
 

@@ -11,9 +11,9 @@ from introvae.errors import not_negative, one_of, positive
 from introvae.objectives.base import Judged, Objective, Values, mean_over_fakes
 
 RELATIVE_BETA_NEG = 0.03
-"""s beta_neg. The encoder's push on a fake's KL, s beta_neg exp(-alpha s beta_neg KL), balances the decoder's,
-s beta_kl, at KL = ln(beta_neg / beta_kl) / (alpha s beta_neg): near 100 nats for images of 28 to 128 pixels and beta_kl near
-0.1, a little above what real images have.
+"""s beta_neg. The encoder's push on a fake's KL, s beta_neg exp(-alpha s beta_neg KL), balances the decoder's push,
+s beta_kl, at KL = ln(beta_neg / beta_kl) / (alpha s beta_neg): near 100 nats for images of 28 to 128 pixels and a
+beta_kl near 0.1, a little above what real images have.
 """
 
 
