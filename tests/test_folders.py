@@ -368,7 +368,7 @@ def test_skipped_files_are_counted_and_ten_are_named_in_the_log(tmp_path: Path, 
     with caplog.at_level(logging.INFO, logger="introvae"):
         load(tmp_path)
     assert "10 pictures of 1 x 16 x 16, 9 to train on, 1 held out" in caplog.text
-    assert "12 of 22 files skipped" in caplog.text
+    assert "skipped: 12 (22 files or rows were found)" in caplog.text
     assert [f"x{i:02}.png" in caplog.text for i in range(12)] == 10 * [True] + 2 * [False]
     assert "and 2 more" in caplog.text
 

@@ -147,9 +147,9 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
 
         return load_array_file(path, options, preparation)
     from introvae.data.images import load_images
-    from introvae.data.sources import FolderSource, ParquetSource, RowSource
+    from introvae.data.sources import FolderSource, ParquetSource, RowSource, parquet_files
 
-    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and any(path.rglob("*.parquet"))):
+    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and parquet_files(path)):
         return load_images(ParquetSource(path, options), options, preparation)
     if path.exists():
         return load_images(FolderSource(path, options), options, preparation)
@@ -177,7 +177,7 @@ def _say(data: ArrayData, intake: Intake) -> None:
     for remark in intake.remarks:
         log.info("         %s", remark)
     if intake.skipped:
-        log.info("         %s of %s files skipped:", f"{len(intake.skipped):,}", f"{intake.found:,}")
+        log.info("         skipped: %s (%s files or rows were found)", f"{len(intake.skipped):,}", f"{intake.found:,}")
     for name, reason in intake.skipped[:SAID]:
         log.info("           %s: %s", name, reason)
     if len(intake.skipped) > SAID:
@@ -212,15 +212,11 @@ def holds_vectors(source: str) -> bool:
     path = Path(source).expanduser()
     if is_table(path):
         return True
-    if path.suffix != ".npy" or not path.is_file():
+    if path.suffix not in (".npy", ".npz") or not path.is_file():
         return False
-    try:
-        with open(path, "rb") as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            return len(read(file)[0]) == 2
-    except (OSError, EOFError, ValueError):
-        return False  # load_data will say what is wrong
+    from introvae.data.files import dimensions_of
+
+    return dimensions_of(path) == 2
 
 
 def preparation_from(facts: Mapping[str, Any]) -> Preparation | TablePreparation | None:
@@ -246,5 +242,7 @@ def read_images(paths: Sequence[str | Path], preparation: Preparation) -> tuple[
     """
     from introvae.data.images import read_one
 
+    if not paths:
+        raise DataError("no image is named: give at least one file")
     found = [pair for path in paths for pair in read_one(Path(path), preparation)]
     return torch.from_numpy(np.stack([image for _, image in found])).float() / 255, [name for name, _ in found]

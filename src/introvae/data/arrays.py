@@ -205,6 +205,18 @@ def from_array(
     return ArrayData(name, train, heldout)
 
 
+def as_vectors(x: np.ndarray, name: str) -> Tensor:
+    """Finite vectors `[N, D]` as float32.
+
+    Raises:
+        DataError: another shape or type, or values that are not finite.
+    """
+    found = _as_tensor(x, name)
+    if found.ndim != 2 or not found.is_floating_point():
+        raise DataError(f"{name} has vectors of shape {tuple(found.shape)} and {found.dtype}: give floats [N, D]")
+    return _checked(found, name)
+
+
 def channels_first(x: Tensor) -> Tensor:
     """Images `[N, H, W]` and `[N, H, W, C]` as `[N, C, H, W]`; others, and vectors, as they are."""
     if x.ndim == 3:

@@ -129,6 +129,10 @@ class Writer:
                 return None
             log.info("cache    %s in %s (introvae doctor --clear-cache frees it)", cost, cache_folder())
             folder = Path(tempfile.mkdtemp(prefix=".new-", dir=entries))
+        except OSError as error:
+            log.info("no cache: %s cannot be written (%s); the images stay in memory", entries, error.strerror)
+            return None
+        try:
             with open(folder / "pixels.bin", "wb") as file:
                 if size and hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -136,6 +140,7 @@ class Writer:
                     os.truncate(file.fileno(), size)
             return folder
         except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             log.info("no cache: %s cannot be written (%s); the images stay in memory", entries, error.strerror)
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from introvae.data.arrays import (
     ArrayData,
     Intake,
     Part,
+    as_vectors,
     channels_first,
     checked_labels,
     from_array,
@@ -27,14 +29,40 @@ from introvae.errors import DataError
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets")
+SPLITS = ("train", "test", "val")
 CHUNK = 1024
+DAMAGES = (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for files that are cut or no arrays."""
+
+
+def dimensions_of(path: Path) -> int | None:
+    """Number of axes of the samples' array in a .npy or .npz file, from its head alone; None where that fails."""
+    try:
+        if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                return _dimensions(file)
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            keys = [*IMAGE_KEYS, *(f"train_{key}" for key in IMAGE_KEYS), *(f"{key}_train" for key in IMAGE_KEYS)]
+            name = next((members[key] for key in keys if key in members), next(iter(members.values())))
+            with archive.open(name) as file:
+                return _dimensions(file)
+    except (*DAMAGES, StopIteration):
+        return None  # who loads it will say what is wrong
+
+
+def _dimensions(file: Any) -> int:
+    old = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    return len(read(file)[0])
 
 
 def load_array_file(path: Path, options: DataOptions, preparation: Preparation | None = None) -> ArrayData:
     """Images or vectors of a .npy or .npz file.
 
     An .npz file holds the samples as `images`, `x` or `data`, or as its only array, and class indices as `labels` or
-    `y`; or parts as `train_images`, `train_labels`, `test_images`, `test_labels` (as MedMNIST does).
+    `y`; or parts as `train_images`, `train_labels`, `test_images`, `test_labels` (as MedMNIST does) or `x_train` and so
+    on (as Keras does).
 
     Images that are not uint8 nor float in [0, 1] go through a window of percentiles; `--size` resizes.
 
@@ -44,9 +72,9 @@ def load_array_file(path: Path, options: DataOptions, preparation: Preparation |
     if path.suffix == ".npy":
         return _assemble(str(path), {"train": (_npy(path), None)}, options, preparation)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if archive[name].ndim}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except DAMAGES as error:
         raise _unreadable(path, error, "numpy.savez") from error
     return _assemble(str(path), _parts(path, arrays), options, preparation)
 
@@ -66,17 +94,16 @@ def _unreadable(path: Path, error: Exception, remedy: str) -> DataError:
 
 
 def _parts(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, Any]]:
-    def found(keys: tuple[str, ...], prefix: str = "") -> np.ndarray | None:
-        return next((arrays[prefix + key] for key in keys if prefix + key in arrays), None)
+    def found(keys: tuple[str, ...], split: str = "") -> np.ndarray | None:
+        names = [name for key in keys for name in ((f"{split}_{key}", f"{key}_{split}") if split else (key,))]
+        return next((arrays[name] for name in names if name in arrays), None)
 
     images = found(IMAGE_KEYS)
     if images is None and len(arrays) == 1:
         (images,) = arrays.values()
     if images is not None:
         return {"train": (images, found(LABEL_KEYS))}
-    parts = {
-        split: (found(IMAGE_KEYS, f"{split}_"), found(LABEL_KEYS, f"{split}_")) for split in ("train", "test", "val")
-    }
+    parts = {split: (found(IMAGE_KEYS, split), found(LABEL_KEYS, split)) for split in SPLITS}
     kept = {split: (x, y) for split, (x, y) in parts.items() if x is not None}
     if "train" not in kept:
         raise DataError(
@@ -94,8 +121,15 @@ def _assemble(
     preparation: Preparation | None,
 ) -> ArrayData:
     first, labels = parts["train"]
-    if first.ndim == 2 and len(parts) == 1:
-        return from_array(first, labels, name, options.heldout_seed, options.heldout)
+    if first.ndim == 2:
+        whole = from_array(first, labels, name, options.heldout_seed, options.heldout)
+        if len(parts) == 1:
+            return whole
+        (train, _), (held, held_labels) = ((as_vectors(x, name), y) for x, y in parts.values())
+        if held.shape[1:] != train.shape[1:]:
+            raise DataError(f"{name} has parts of several widths: give vectors of one length")
+        heldout = Part(held, checked_labels(held_labels, len(held), name))
+        return ArrayData(name, Part(train, checked_labels(labels, len(train), name)), heldout)
     remarks: list[str] = []
     done: dict[str, Part] = {}
     for split, (array, y) in parts.items():
@@ -116,17 +150,19 @@ def _assemble(
 
 def _eight_bit(
     array: np.ndarray, name: str, options: DataOptions, preparation: Preparation | None, remarks: list[str]
-) -> tuple[torch.Tensor, Preparation]:
+) -> tuple[torch.Tensor, Preparation | None]:
     """Images as uint8 `[N, C, H, W]`, and what was done to them; `preparation` decides where it is given."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     deep = array.dtype != np.uint8
     if deep and not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise DataError(f"{name} holds {array.dtype} values: give images as integers or floats")
     window = preparation.window if preparation else None
+    percentiles = preparation.percentiles if preparation else options.window if options.window_of == "file" else None
     if deep:
         bad = sum(int((~np.isfinite(array[i : i + CHUNK])).sum()) for i in range(0, len(array), CHUNK))
         if bad:
             raise DataError(f"{name} holds {bad} NaN or infinite values: remove or fill them")
-        if window is None and preparation is not None and not _unit_floats(array):
+        if window is None and percentiles is None and preparation is not None and not _unit_floats(array):
             raise DataError(
                 f"{name} has more than 8 bits ({array.dtype}) and the model saw 8-bit images only, so there is no "
                 "window: give uint8"
@@ -134,7 +170,7 @@ def _eight_bit(
         if window is None:
             stride = max(1, len(array) // 512)
             try:
-                window = window_of(np.asarray(array[::stride]), options.window)
+                window = window_of(np.asarray(array[::stride]), percentiles or options.window)
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
             if window != (0.0, 1.0):
@@ -143,7 +179,8 @@ def _eight_bit(
     channels, side = first.shape[1], options.size
     if preparation is None:
         size = (side, side) if side else (first.shape[2], first.shape[3])
-        preparation = Preparation(size, options.channels or channels, options.fit, window)
+        kept = (None, percentiles) if deep and percentiles else (window, None)
+        preparation = Preparation(size, options.channels or channels, options.fit, *kept)
     alike = (channels, *first.shape[2:]) == (preparation.channels, *preparation.size)
     if not alike and channels not in (1, 3):
         raise DataError(f"{name} has {channels} channels: give 1 or 3, or leave the size as it is")
@@ -155,7 +192,7 @@ def _eight_bit(
             x = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
         images = channels_first(torch.from_numpy(x))
         made[start : start + len(x)] = images if alike else torch.stack([_resized(i, preparation) for i in images])
-    return made, preparation
+    return made, preparation if channels in (1, 3) else None
 
 
 def _unit_floats(array: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -30,14 +30,14 @@ from introvae.data.preparation import (
     deep_values,
     window_of,
 )
-from introvae.data.sources import HELDOUT_SPLITS, Item, Source, first_line, is_scan, opened, scan_size
-from introvae.errors import DataError
+from introvae.data.sources import HELDOUT_SPLITS, FolderSource, Item, Source, first_line, is_scan, opened, scan_size
+from introvae.errors import DataError, MissingExtraError
 
 COLOUR_SHARE = 0.01
 """With no more colour pictures than this share, all become grey: a few strays must not treble the cost of the rest."""
 MIN_SIDE = 4
 """Pictures with a smaller side are skipped."""
-WINDOW_FILES, WINDOW_VALUES = 256, 4096
+WINDOW_FILES, WINDOW_VALUES = 256, 4099
 """How many files, and values of each, the window's percentiles are of (up to twice as many files)."""
 
 log = logging.getLogger("introvae")
@@ -64,6 +64,8 @@ def decoded(source: Source, options: DataOptions, preparation: Preparation | Non
     Raises:
         DataError: fewer than two readable images.
     """
+    if preparation is not None:
+        options = replace(options, axis=preparation.axis, slices=preparation.slices)
     key = None
     if options.cache:
         signature = source.signature()
@@ -79,7 +81,7 @@ def decoded(source: Source, options: DataOptions, preparation: Preparation | Non
         if survey.pictures < 2:
             raise _too_few(source.name, survey.pictures, survey.skipped)
         prepare = preparation or survey.preparation(options)
-        return _decode(source, options, prepare, survey, key)
+        return _decode(source, options, prepare, survey, None if survey.elsewhere else key)
 
 
 def _too_few(name: str, found: int, skipped: dict[str, str]) -> DataError:
@@ -108,6 +110,7 @@ class _Survey:
     kinds: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
     frames: int = 0
+    elsewhere: bool = False
     values: list[np.ndarray] = field(default_factory=list)
     stride: int = 1
     deep_files: int = 0
@@ -116,7 +119,9 @@ class _Survey:
         """Keep values of this deep file, if it is among the evenly spread ones that the window is made from."""
         if self.deep_files % self.stride == 0:
             values = read().ravel()
-            self.values.append(values[:: max(1, len(values) // WINDOW_VALUES)])
+            if len(values) > WINDOW_VALUES:  # a prime number of places: no stride that meets the same columns again
+                values = values[np.linspace(0, len(values) - 1, WINDOW_VALUES).astype(np.int64)]
+            self.values.append(values)
             if len(self.values) > 2 * WINDOW_FILES:
                 self.values, self.stride = self.values[::2], 2 * self.stride
         self.deep_files += 1
@@ -172,8 +177,12 @@ def _look_through(source: Source, options: DataOptions) -> _Survey:
     survey = _Survey()
     for item in _progress(source.items(), len(source), "looking"):
         survey.found += 1
+        # A row that names a file has contents which the source's digest does not cover, so it is not cached.
+        survey.elsewhere |= isinstance(item.content, Path) and not isinstance(source, FolderSource)
         try:
             _look_at(item, options, survey)
+        except MissingExtraError:
+            raise
         except Exception as error:  # Pillow and nibabel raise what they like; one bad file must not end the rest
             survey.skipped[item.name] = _reason(error)
     return survey
@@ -192,9 +201,8 @@ def _look_at(item: Item, options: DataOptions, survey: _Survey) -> None:
         return
     with opened(item, options) as pictures:
         for _, picture in pictures:
-            turned = picture.format in ("JPEG", "MPO", "TIFF", "WEBP") and _turned(picture)
             width, height = picture.size
-            size = (height, width) if turned else (width, height)
+            size = (height, width) if _turned(picture) else (width, height)
             _big_enough(size)
             kind = "deep" if picture.mode in DEEP_MODES else "grey" if picture.mode in GREY_MODES else "colour"
             several = getattr(picture, "n_frames", 1) > 1
@@ -207,6 +215,9 @@ def _look_at(item: Item, options: DataOptions, survey: _Survey) -> None:
 
 
 def _turned(picture: Image.Image) -> bool:
+    """Whether EXIF says that the picture lies on its side."""
+    if "exif" not in picture.info:  # Pillow turns TIFF's sizes itself, and would read a whole PNG to search for EXIF
+        return False
     try:
         return picture.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception:  # a damaged EXIF block; the picture itself may be fine
@@ -292,6 +303,8 @@ def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
             return result
         with opened(item, options) as pictures:
             return [(name, prepare(picture)) for name, picture in pictures]
+    except MissingExtraError:
+        raise
     except Exception as error:  # as in `_look_through`
         return [(item.name, _reason(error))]
 
@@ -334,6 +347,8 @@ def _assemble(name: str, entry: Entry, options: DataOptions) -> ArrayData:
             remarks.append(f"{grouped:,} of {len(groups):,} names do not match the group pattern: each stands alone")
     else:
         count, first = splits.count("train"), splits.index(held)
+        if unused := len(splits) - count - splits.count(held):
+            remarks.append(f"{unused:,} validation pictures beside a test part are not used")
         train, heldout = whole[slice(0, count)], whole[slice(first, first + splits.count(held))]
         pairs = _duplicates(facts, set(range(first, first + len(heldout))), range(count))
         both = {g for g in groups[:count] if g is not None} & set(groups[first : first + len(heldout)])
@@ -354,8 +369,10 @@ def _labels(labels: list[Any], class_names: tuple[str, ...]) -> tuple[torch.Tens
     """Class indices, -1 where unknown, and the classes' names."""
     if all(label is None for label in labels):
         return None, ()
+    words = {label for label in labels if isinstance(label, str)}
+    if words and not words.issubset(class_names):
+        class_names = tuple(sorted(words))
     if any(isinstance(label, str) for label in labels):
-        class_names = class_names or tuple(sorted({label for label in labels if isinstance(label, str)}))
         index = {name: i for i, name in enumerate(class_names)}
         labels = [index.get(label, -1) for label in labels]
     return torch.tensor([-1 if label is None else label for label in labels]), class_names

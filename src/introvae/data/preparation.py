@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from introvae.data.options import FITS
+from introvae.data.options import FITS, SLICES
 from introvae.errors import CheckpointError, DataError
 
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
@@ -67,7 +67,7 @@ class Preparation:
         if array.dtype != np.uint8:
             array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        return np.ascontiguousarray(np.broadcast_to(array, (self.channels, *self.size)))
+        return np.array(np.broadcast_to(array, (self.channels, *self.size)))
 
     def _windowed(self, picture: Image.Image, window: tuple[float, float] | None) -> Image.Image:
         values = deep_values(picture)
@@ -98,9 +98,11 @@ class Preparation:
         try:
             pairs = {k: tuple(values[k]) if values.get(k) is not None else None for k in PAIRS}
             preparation = cls(**{**values, **pairs})
-            fine = preparation.fit in FITS and preparation.channels in (1, 3)
+            fine = preparation.fit in FITS and preparation.channels in (1, 3) and preparation.axis in (0, 1, 2)
+            fine = fine and len(preparation.size) == 2 and SLICES.fullmatch(preparation.slices) is not None
             fine = fine and all(isinstance(side, int) and side > 0 for side in preparation.size)
-            fine = fine and all(p is None or float(p[0]) < float(p[1]) for p in (preparation.window,))
+            for pair in (preparation.window, preparation.percentiles):
+                fine = fine and (pair is None or (len(pair) == 2 and float(pair[0]) < float(pair[1])))
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise CheckpointError(f"the model's data preparation cannot be read ({error}): restore a copy") from error
         if not fine:

@@ -140,7 +140,7 @@ class FolderSource(_Files):
         top = {SPLIT_WORDS[words[0]] for words in parts.values() if words and words[0] in SPLIT_WORDS}
         self.split_folders = "train" in top and len(top) > 1
         classes = {c for name in names if (c := self._place(name)[1]) is not None}
-        persons = all(SUBJECT.fullmatch(c) for c in classes)
+        persons = any(SUBJECT.fullmatch(c) for c in classes)
         self.class_names = tuple(sorted(classes)) if len(classes) > 1 and not persons else ()
         self.groups = _groups(names, options.group)
 
@@ -164,7 +164,8 @@ class FolderSource(_Files):
 
 def _walk(path: Path) -> list[_File]:
     if not path.is_dir():
-        return [_File(path.name, path, path.stat())]
+        info = path.stat()
+        return [_File(path.name, path, info, _problem(info))]
     found: list[_File] = []
     seen: set[tuple[int, int]] = set()
 
@@ -188,13 +189,24 @@ def _walk(path: Path) -> list[_File]:
             relative = file.relative_to(path).as_posix()
             try:
                 info = file.stat()
-                problem = "" if stat.S_ISREG(info.st_mode) else "no regular file"
+                problem = _problem(info)
             except OSError as error:
                 info, problem = None, f"cannot be opened ({error.strerror})"
-            if info is not None and not problem and not info.st_size:
-                problem = "empty file"
             found.append(_File(relative, file, info, problem))
     return found
+
+
+def _problem(info: os.stat_result) -> str:
+    """Why a file is not even opened (a pipe would block), or nothing."""
+    if not stat.S_ISREG(info.st_mode):
+        return "no regular file"
+    return "" if info.st_size else "empty file"
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The Parquet files in a folder, without hidden ones."""
+    found = path.rglob("*.parquet")
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
 
 
 def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
@@ -209,11 +221,13 @@ def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
             f"group {pattern!r} is no regular expression ({error}): give one, such as '^(\\d+)_'"
         ) from error
     found = {}
+    if not names:
+        return found  # who reads them will say that there are none
     for name in names:
         if match := compiled.search(name):
             found[name] = next((part for part in match.groups() if part is not None), match.group())
     if not found:
-        example = f", such as {names[0]}" if names else ""
+        example = f", such as {names[0]}"
         raise ConfigError(
             f"group {pattern!r} matches no file name{example}: give a pattern that finds the person in it"
         )
@@ -234,7 +248,7 @@ class ParquetSource(_Files):
 
     def __init__(self, path: Path, options: DataOptions) -> None:
         self.name = str(path)
-        paths = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        paths = [path] if path.is_file() else parquet_files(path)
         self.files = [_File(p.name if p == path else p.relative_to(path).as_posix(), p, p.stat()) for p in paths]
         self.splits: dict[str, list[str]] = {}
         for file in self.files:

@@ -57,9 +57,10 @@ class TablePreparation:
             CheckpointError: keys or values that no version of this class wrote.
         """
         try:
-            table = cls(*(tuple(content[name]) for name in ("columns", "mean", "std")))
+            columns, *numbers = (tuple(content[name]) for name in ("columns", "mean", "std"))
+            table = cls(columns, *(tuple(float(value) for value in values) for values in numbers))
             fine = len(table.columns) == len(table.mean) == len(table.std) and all(s > 0 for s in table.std)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the model's table preparation cannot be read ({error}): restore a copy") from error
         if not fine:
             raise CheckpointError("the model's table preparation has lists of several lengths: restore a copy")
@@ -88,7 +89,7 @@ def load_table(path: Path, options: DataOptions, preparation: TablePreparation |
     kept = np.setdiff1d(np.arange(len(values)), rows)
     if preparation is None:
         std = values[kept].std(axis=0)
-        if flat := [name for name, s in zip(columns, std, strict=True) if s == 0]:
+        if flat := [name for name, s in zip(columns, np.ptp(values[kept], axis=0), strict=True) if s == 0]:
             raise DataError(f"{path}: constant in the training part: {_named(flat)}; leave them out with --drop")
         mean = values[kept].mean(axis=0)
         preparation = TablePreparation(tuple(columns), tuple(mean.tolist()), tuple(std.tolist()))
@@ -127,10 +128,12 @@ def read_table(path: Path) -> DataFrame:
 
     try:
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-        if len(frame.columns) == 1 and path.suffix == ".csv":
-            frame = pd.read_csv(path, sep=None, engine="python")  # finds the separator
+            frame = pd.read_parquet(path)
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                head = file.readline()
+            frame = pd.read_csv(path, sep=max(",;\t", key=head.count), encoding="utf-8-sig")
+        frame.columns = [str(name) for name in frame.columns]
         return frame
     except Exception as error:  # pandas and pyarrow have many types
         raise DataError(
