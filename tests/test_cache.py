@@ -487,3 +487,19 @@ def test_memory_stays_near_the_size_of_the_data(tmp_path: Path, kept: bool):
     size, peak = map(int, done.stdout.split())
     assert size == 1000 * 3 * 256 * 256
     assert peak < 1.5 * size + 2**30
+
+
+def test_a_cache_that_is_cleared_while_images_are_decoded_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for i in range(5):
+        put(tmp_path / "pictures" / f"{i}.png", i)
+    wanted = load(tmp_path / "pictures", cache=False)
+    add = cache.Writer.add
+
+    def clear_and_add(self: cache.Writer, image: Any) -> None:
+        cache.clear_cache()
+        add(self, image)
+
+    monkeypatch.setattr(cache.Writer, "add", clear_and_add)
+    assert_same(load(tmp_path / "pictures"), wanted)

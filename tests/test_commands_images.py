@@ -152,7 +152,7 @@ def test_fit_says_what_it_did_with_the_files(
     used = 40 + len(fate) - len(skipped)
     train = used - round(used / 10)
     assert f"{home / 'mixed'}: {used} pictures of 3 x 16 x 16, {train} to train on, {used - train} held out" in said.out
-    assert f"{len(skipped)} of {40 + len(fate)} files skipped" in said.out
+    assert f"skipped: {len(skipped)} ({40 + len(fate)} files or rows were found)" in said.out
     named = [name for name in skipped if f"{name}: {skipped[name]}" in said.out]
     assert len(named) == 10
     assert f"and {len(skipped) - 10} more" in said.out
@@ -592,8 +592,9 @@ def test_evaluate_of_another_table_uses_the_run_s_columns_and_units(
     prepared: Any = preparation_from(table.model().config["data"])  # pyright: ignore
     data = load_data(tmp_path / "later.csv", preparation=prepared)
     assert isinstance(data, ArrayData)
-    assert data.heldout.x[:, 2].mean() > 3, "five thousand more, in standard deviations"
-    x = data.heldout.x
+    x = data.whole().x
+    assert len(x) == report["heldout"] == len(lines), "all of them are unseen"
+    assert x[:, 2].mean() > 3, "five thousand more, in standard deviations"
     wanted = (x - table.model().reconstruct(x)).square().mean()
     assert report["metrics"]["mse"]["value"] == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -896,3 +897,37 @@ def test_columns_that_will_not_do(refused: Refused, wine: Path, tmp_path: Path, 
     assert str(wine) in message
     assert named in message
     assert not (tmp_path / "run").exists()
+
+
+# --- data that changed, or are named in another way
+
+
+def test_evaluate_refuses_a_folder_that_changed_since_training(
+    refused: Refused, command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / f"{index:02d}.png")
+    assert command("fit", *IMAGES, "--data", folder, "--out", tmp_path / "run").code == 0
+    Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / "05b.png")
+    message = refused("evaluate", tmp_path / "run")
+    assert "not what the run was trained on" in message
+    assert "--data" in message
+
+
+def test_the_run_s_own_data_by_another_path_keep_their_groups(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / f"{index // 5}_{index:02d}.png")
+    words = ["--data", folder, "--group", r"^(\d+)_", "--out", tmp_path / "run"]
+    assert command("fit", *IMAGES, *words).code == 0
+    assert command("evaluate", tmp_path / "run").code == 0
+    report = (tmp_path / "run" / "report.json").read_text()
+    assert command("evaluate", tmp_path / "run", "--data", f"{folder}/").code == 0
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert again["metrics"] == json.loads(report)["metrics"]
+    assert again["heldout"] % 5 == 0

@@ -921,7 +921,7 @@ def test_pictures_on_both_sides_are_reported_whatever_their_encoding(tmp_path: P
     assert len(wanted) > 3
     assert set(intake(data).duplicates) == wanted
     assert len(intake(data).duplicates) == len(wanted)
-    assert any(f"{len(wanted)} held-out images are in the training part too" in r for r in intake(data).remarks)
+    assert any(f"in the training part too: {len(wanted)} (" in r for r in intake(data).remarks)
 
 
 def test_pictures_in_both_given_parts_are_reported(tmp_path: Path):
@@ -1042,3 +1042,50 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | 
         (tmp_path / "b.png").write_bytes(content)
     with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}/b\.png cannot be read as an image"):
         read_images([tmp_path / "a.png", tmp_path / "b.png"], Preparation((8, 8), 1))
+
+
+# What a review found
+
+
+def test_sixteen_bits_in_colour_are_skipped_and_named(tmp_path: Path):
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    for i in range(5):
+        put(tmp_path, f"{i}.png", texture(i))
+    rows = b"".join(b"\0" + np.full((16, 3), 900, ">u2").tobytes() for _ in range(16))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+    (tmp_path / "deep.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    ((name, reason),) = intake(load(tmp_path)).skipped
+    assert name == "deep.png"
+    assert reason.startswith("16 bits in colour")
+
+
+def test_a_folder_without_a_picture_is_no_class(tmp_path: Path):
+    for i in range(6):
+        put(tmp_path, f"{['cats', 'dogs'][i % 2]}/{i}.png", texture(i))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "readme.txt").write_text("no picture")
+    data = load(tmp_path)
+    assert data.class_names == ("cats", "dogs")
+
+
+def test_a_stray_parquet_file_among_pictures_is_skipped_and_named(tmp_path: Path):
+    import pandas as pd
+
+    for i in range(6):
+        put(tmp_path, f"{i}.png", texture(i))
+    pd.DataFrame({"a": [1.0, 2.0]}).to_parquet(tmp_path / "meta.parquet")
+    assert [name for name, _ in intake(load(tmp_path)).skipped] == ["meta.parquet"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300, "a\0b"])
+def test_names_that_cannot_be_paths_are_refused_in_one_line(name: str):
+    with pytest.raises(DataError) as caught:
+        load_data(name)
+    assert "\n" not in str(caught.value)

@@ -504,7 +504,8 @@ def test_other_data_have_a_report_of_their_own(copy: Run, tmp_path: Path) -> Non
     assert all("evaluation-other-discs" in path for path in report["pictures"].values())
     data = load_data(other, copy.config(), preparation_from(copy.model().config["data"]))  # pyright: ignore
     assert data.shape == (3, 16, 16), "prepared as the run's"
-    assert report["heldout"] == len(data.heldout) == 3  # pyright: ignore
+    assert report["heldout"] == len(data.whole()) == 30, "all of them are unseen"  # pyright: ignore
+    assert report["train"] == len(load_data(copy.config().data, copy.config()).train)  # pyright: ignore
 
 
 def test_a_run_stopped_and_resumed_has_one_line_of_its_data(

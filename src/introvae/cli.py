@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except IntrovaeError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; a run keeps its newest checkpoint: introvae fit --resume RUN goes on from there")
+        return _fail("interrupted; a run that had begun goes on with introvae fit --resume RUN, others start anew")
     except BrokenPipeError:  # `introvae ... | head`: nothing more can be said there, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -166,7 +166,7 @@ def _evaluate(words: list[str]) -> None:
     example = "example:\n  introvae evaluate runs/digits --metrics psnr_db,ssim"
     parser = _parser("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
     parser.add_argument("run", help="the run folder")
-    parser.add_argument("--data", help="other data; they are prepared as those of the run were")
+    parser.add_argument("--data", help="other data, all measured (or their own test part), prepared as the run's")
     parser.add_argument("--metrics", default="", help="names of the ones to report, joined by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     own = parser.parse_args(words)

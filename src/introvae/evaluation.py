@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, TablePreparation, load_data, preparation_from
 from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
-from introvae.machine import versions
+from introvae.machine import hardware, versions
 from introvae.measures import METRICS, batched, measure
 from introvae.metrics import reconstruction
 from introvae.model import IntrospectiveVAE
@@ -38,7 +39,8 @@ def evaluate(
 
     Arguments:
         run: the run or its folder.
-        data: other data than the run was trained on; they are prepared as those were.
+        data: other data than the run was trained on, by name or path; they are prepared as those were, and all of
+            them are measured, or their own test part.
         metrics: names of the ones to report; all that apply by default. The others of an earlier report stay in it.
         seed: of all draws.
 
@@ -91,7 +93,8 @@ def evaluate(
         report |= _draw(run, model, loaded, f"images/evaluation{suffix}.png", rows if not suffix else [])
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         settings = run.config_path.read_text(encoding="utf-8")
-        page = render({"worst": [], "intake": None, **report}, run.folder, settings, versions())
+        environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
+        page = render({"worst": [], "intake": None, **report}, run.folder, settings, environment)
         write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
@@ -100,18 +103,31 @@ def evaluate(
 
 def _same(one: str, other: str) -> bool:
     """Whether two values of `--data` are one name, or lead to one path."""
-    return one == other or Path(one).expanduser().absolute() == Path(other).expanduser().absolute()
+    try:
+        return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    except (OSError, RuntimeError):  # no such home, a circle of links
+        return False
 
 
 def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | None) -> Data:
     """The run's data or others, prepared as the model's were."""
     prepared = preparation_from(model.config["data"]) if model.config else None
+    if isinstance(data, str | Path) and _same(str(data), config.data):
+        data = None
     loaded = load_data(config.data, config) if data is None else None
     if loaded is None or (isinstance(loaded, ArrayData) and loaded.preparation != prepared):
         options = DataOptions(**{name: getattr(config, name) for name in DATA_OPTIONS})
         if data is not None:  # a pattern or column of the run's data need not be there
             options = dataclasses.replace(options, group=None, label=None, columns=(), drop=())
         loaded = load_data(config.data if data is None else data, options, prepared)
+    if isinstance(data, str | Path) and isinstance(loaded, ArrayData) and loaded.shape == model.shape:
+        loaded = _all_unseen(config, loaded)
+    known = model.config["data"].get("fingerprint") if model.config else None
+    if data is None and known is not None and isinstance(loaded, ArrayData) and loaded.fingerprint() != known:
+        raise DataError(
+            f"{loaded.name} is not what the run was trained on (files were added, changed or removed), so what was "
+            "held out is not known: restore it, or copy it elsewhere and give that as --data"
+        )
     if isinstance(prepared, TablePreparation) and not isinstance(loaded, ArrayData):
         raise DataError(f"{loaded.name} are points and the model takes rows of a table: give a table with its columns")
     if loaded.shape != model.shape:
@@ -119,6 +135,19 @@ def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | 
             f"{loaded.name} has samples of shape {loaded.shape}, the model takes {model.shape}: give data of that shape"
         )
     return loaded
+
+
+def _all_unseen(config: FitConfig, data: ArrayData) -> ArrayData:
+    """Other data than the run's: all of them are measured, unless they say themselves what is held out; samples are
+    compared with what the run was trained on, where that is still there.
+    """
+    heldout = data.heldout if data.own_parts else data.whole()
+    try:
+        own = load_data(config.data, config)
+        train = own.train if isinstance(own, ArrayData) and own.shape == data.shape else data.train[:0]
+    except (ConfigError, DataError):
+        train = data.train[:0]
+    return dataclasses.replace(data, train=train, heldout=heldout)
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
     found = _reconstruction(model, data)
     if min(len(data.train), len(data.heldout)) > 1:
         found |= _frechet(model, data, torch.Generator().manual_seed(seed))
-    if len(data.shape) == 3 and len(data.heldout) > NEIGHBOURS and data.train.x[0].numel() <= MAX_PIXELS:
+    enough = min(len(data.train), len(data.heldout)) > NEIGHBOURS
+    if len(data.shape) == 3 and enough and data.train.x[0].numel() <= MAX_PIXELS:
         found |= _samples(model, data, generator)
     return found
 

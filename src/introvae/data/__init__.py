@@ -116,6 +116,10 @@ def load_data(
     options = options or DataOptions()
     if isinstance(source, ArrayData | DensityData):
         return source
+    if isinstance(source, Tensor | np.ndarray) and (options.size is not None or options.channels is not None):
+        from introvae.data.files import load_array
+
+        return load_array(np.asarray(source.detach().cpu() if isinstance(source, Tensor) else source), options)
     if isinstance(source, Tensor | np.ndarray):
         return from_array(source, seed=options.heldout_seed, share=options.heldout)
     data = _load(str(source), options, preparation)
@@ -133,7 +137,7 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
         return load_digits()
     if name == "array":
         raise DataError("the run's data were an array in memory: give it again, as data=... or as --data FILE.npy")
-    path = Path(name).expanduser()
+    path = _path(name)
     if is_table(path):
         from introvae.data.tables import load_table
 
@@ -142,14 +146,15 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
         return load_table(path, options, preparation)
     if isinstance(preparation, TablePreparation):
         raise DataError(f"the model takes rows of a table ({', '.join(preparation.columns[:5])} ...): give a CSV file")
-    if path.suffix in (".npy", ".npz") and path.is_file():
+    if path.suffix.lower() in (".npy", ".npz") and path.is_file():
         from introvae.data.files import load_array_file
 
         return load_array_file(path, options, preparation)
     from introvae.data.images import load_images
-    from introvae.data.sources import FolderSource, ParquetSource, RowSource, parquet_files
+    from introvae.data.rows import ParquetSource, RowSource
+    from introvae.data.sources import FolderSource, holds_parquet
 
-    if (path.suffix == ".parquet" and path.is_file()) or (path.is_dir() and parquet_files(path)):
+    if (path.suffix.lower() == ".parquet" and path.is_file()) or (path.is_dir() and holds_parquet(path)):
         return load_images(ParquetSource(path, options), options, preparation)
     if path.exists():
         return load_images(FolderSource(path, options), options, preparation)
@@ -160,9 +165,26 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
             raise DataError(f"there is no folder or file {name} here, and as a name on the hub: {error}") from error
     choices = ", ".join(f"density:{density}" for density in list_densities())
     raise DataError(
-        f"unknown data {name!r}: choose digits, {choices}, the path of a folder of images, scans or Parquet files, of "
-        "a .parquet, .npy, .npz or .csv file, or owner/name on the hub"
+        f"unknown data {name!r}, and no such folder or file here: choose digits, {choices}, the path of a folder of "
+        "images, scans or Parquet files, of a .parquet, .npy, .npz or .csv file, or owner/name on the hub"
     )
+
+
+def _path(name: str) -> Path:
+    """The path that a name may be.
+
+    Raises:
+        DataError: it leads where one may not look.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        return Path(name).expanduser()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name[:200]} cannot be opened ({reason}): give a path that can be read") from error
+    return path
 
 
 def _say(data: ArrayData, intake: Intake) -> None:
@@ -186,12 +208,12 @@ def _say(data: ArrayData, intake: Intake) -> None:
 
 def is_table(path: str | Path) -> bool:
     """Whether a path is a table's: by its suffix, or a Parquet file without a column of images."""
-    path = Path(path).expanduser()
+    path = _path(str(path))
     if not path.is_file():
         return False
-    if path.suffix in TABLE_SUFFIXES:
+    if path.suffix.lower() in TABLE_SUFFIXES:
         return True
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         return False
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -209,10 +231,10 @@ def holds_vectors(source: str) -> bool:
     """Whether the named data are points, rows or vectors and no images, from the name or a file's head alone."""
     if source.startswith("density:"):
         return True
-    path = Path(source).expanduser()
+    path = _path(source)
     if is_table(path):
         return True
-    if path.suffix not in (".npy", ".npz") or not path.is_file():
+    if path.suffix.lower() not in (".npy", ".npz") or not path.is_file():
         return False
     from introvae.data.files import dimensions_of
 

@@ -88,6 +88,7 @@ class ArrayData:
         preparation: what was done to every sample, None for data that came as they are.
         intake: what became of each file, None for data that were in memory.
         column_names: of vectors from a table.
+        own_parts: whether the data themselves say what is held out.
     """
 
     name: str
@@ -97,11 +98,19 @@ class ArrayData:
     preparation: Prepared | None = None
     intake: Intake | None = None
     column_names: tuple[str, ...] = field(default=())
+    own_parts: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample, (C, H, W) or (D,)."""
         return tuple(self.train.x.shape[1:])
+
+    def whole(self) -> Part:
+        """Both parts as one; copied."""
+        parts = (self.train, self.heldout)
+        labels = [part.labels for part in parts if part.labels is not None]
+        names = [name for part in parts for name in part.names]
+        return Part(torch.cat([part.x for part in parts]), torch.cat(labels) if len(labels) == 2 else None, names)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Number of full batches in the training part.
@@ -111,7 +120,8 @@ class ArrayData:
         """
         if batch_size > len(self.train):
             raise ConfigError(
-                f"batch_size {batch_size} exceeds the {len(self.train)} training samples of {self.name}: lower it"
+                f"batch_size {batch_size} exceeds the {len(self.train)} training samples of {self.name}: lower it "
+                f"with --batch-size {max(1, len(self.train) // 2)}"
             )
         return len(self.train) // batch_size
 
@@ -119,6 +129,10 @@ class ArrayData:
         """An endless stream of shuffled batches."""
         self.steps_per_epoch(batch_size)
         return ArrayBatches(self.train.x, batch_size, seed)
+
+    def fingerprint(self) -> list[int]:
+        """Of the training part."""
+        return fingerprint(self.train.x)
 
 
 class ArrayBatches:
@@ -143,7 +157,7 @@ class ArrayBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, and of which data."""
-        return {"epoch": self.epoch, "position": self.position, "data": self.fingerprint()}
+        return {"epoch": self.epoch, "position": self.position, "data": fingerprint(self.x)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
@@ -151,14 +165,15 @@ class ArrayBatches:
         Raises:
             DataError: the data are not the ones the state is of.
         """
-        if state["data"] != self.fingerprint():
+        if state["data"] != fingerprint(self.x):
             raise DataError("the data are not the ones that the run was started with: give those, or start a new run")
         self._start(state["epoch"], state["position"])
 
-    def fingerprint(self) -> list[int]:
-        """Number of samples and a checksum over a thousand of them."""
-        some = self.x[:: max(1, len(self.x) // 1000)].contiguous()
-        return [len(self.x), zlib.crc32(some.numpy().tobytes())]
+
+def fingerprint(x: Tensor) -> list[int]:
+    """Number of samples and a checksum over a thousand of them."""
+    some = x[:: max(1, len(x) // 1000)].contiguous()
+    return [len(x), zlib.crc32(some.numpy().tobytes())]
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +20,8 @@ from introvae.files import write_atomically
 
 FORMAT = 1
 """Of the entries and of everything that decides pixels: raise it when `preparation` changes what it makes."""
+LEFT_SECONDS = 24 * 3600
+"""An unfinished entry that is older has been left."""
 ROOM = 1.2
 """A disk must have this many times an entry's size free."""
 
@@ -67,7 +70,7 @@ def remember_digest(name: str, signature: str, digest: str) -> None:
 
 
 def _memo(name: str) -> Path:
-    path = blake2b(str(Path(name).expanduser().absolute()).encode(), digest_size=16).hexdigest()
+    path = blake2b(os.fsencode(Path(name).expanduser().absolute()), digest_size=16).hexdigest()
     return cache_folder() / "sources" / f"{path}.json"
 
 
@@ -92,10 +95,20 @@ def read_entry(key: str) -> Entry | None:
         if path.stat().st_size != int(np.prod(shape)):
             raise ValueError("its pixels are cut")
         return Entry(np.memmap(path, np.uint8, mode="c", shape=shape), facts)  # "c": changes stay in memory
+    except PermissionError as error:
+        log.info("the cached images cannot be read (%s): decoding anew", error)
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.info("the cached images are from another version or damaged (%s): decoding anew", error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def _sweep(entries: Path) -> None:
+    """Remove what processes that were killed while they decoded have left."""
+    for folder in entries.glob(".new-*"):
+        if folder.stat().st_mtime < time.time() - LEFT_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Writer:
@@ -121,6 +134,7 @@ class Writer:
         cost = f"{shape[0]:,} images of {' x '.join(map(str, shape[1:]))}: {size / 1e6:,.0f} MB"
         try:
             entries.mkdir(parents=True, exist_ok=True)
+            _sweep(entries)
             free = shutil.disk_usage(entries).free
             if free < ROOM * size:
                 log.info(
@@ -155,22 +169,19 @@ class Writer:
         facts = {**facts, "format": FORMAT, "shape": list(shape)}
         if self.folder is None or self.key is None:
             return Entry(self.x[: self.count], facts)
+        x = self.x[: self.count]  # stays mapped, whatever becomes of the file
+        target = self.folder.parent / self.key
         try:
-            assert isinstance(self.x, np.memmap)
-            self.x.flush()
-            del self.x
-            os.truncate(self.folder / "pixels.bin", int(np.prod(shape)))
             write_atomically(self.folder / "facts.json", json.dumps(facts).encode())
-            target = self.folder.parent / self.key
-            try:
+            os.truncate(self.folder / "pixels.bin", int(np.prod(shape)))
+            os.chmod(self.folder, 0o755)  # for whoever shares the cache
+            if not target.exists():  # else another process was quicker, with the same content
                 os.rename(self.folder, target)
-            except OSError:  # another process was quicker, with the same content
-                shutil.rmtree(self.folder)
-            entry = read_entry(self.key)
-            assert entry is not None
-            return entry
+        except OSError as error:
+            log.info("no cache: %s cannot be written (%s); the images stay in memory", target, error.strerror)
         finally:
             self.drop()
+        return read_entry(self.key) or Entry(x, facts)
 
     def drop(self) -> None:
         """Leave nothing behind of an entry that was not finished."""

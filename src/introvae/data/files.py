@@ -73,7 +73,7 @@ def load_array_file(path: Path, options: DataOptions, preparation: Preparation |
         return _assemble(str(path), {"train": (_npy(path), None)}, options, preparation)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if archive[name].ndim}
+            arrays = {name: array for name in archive.files if (array := archive[name]).ndim}
     except DAMAGES as error:
         raise _unreadable(path, error, "numpy.savez") from error
     return _assemble(str(path), _parts(path, arrays), options, preparation)
@@ -114,6 +114,15 @@ def _parts(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.n
     return {"train": kept["train"]} | ({"test": kept[held]} if held else {})
 
 
+def load_array(x: np.ndarray, options: DataOptions) -> ArrayData:
+    """Images or vectors in memory, read as those of a file are.
+
+    Raises:
+        DataError: they are neither.
+    """
+    return _assemble("array", {"train": (x, None)}, options, None)
+
+
 def _assemble(
     name: str,
     parts: Mapping[str, tuple[np.ndarray, Any]],
@@ -145,7 +154,8 @@ def _assemble(
     else:
         train, heldout = set_apart(whole, heldout_rows(len(whole), options.heldout, options.heldout_seed))
     count = sum(len(part) for part in done.values())
-    return ArrayData(name, train, heldout, (), preparation, Intake(count, count, (), tuple(remarks)))
+    intake = Intake(count, count, (), tuple(remarks))
+    return ArrayData(name, train, heldout, (), preparation, intake, own_parts="test" in done)
 
 
 def _eight_bit(

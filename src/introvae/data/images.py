@@ -27,10 +27,12 @@ from introvae.data.preparation import (
     GREY_MODES,
     Preparation,
     automatic_size,
+    deep_colour,
     deep_values,
     window_of,
 )
-from introvae.data.sources import HELDOUT_SPLITS, FolderSource, Item, Source, first_line, is_scan, opened, scan_size
+from introvae.data.scans import is_scan, scan_size
+from introvae.data.sources import HELDOUT_SPLITS, FolderSource, Item, Source, first_line, opened
 from introvae.errors import DataError, MissingExtraError
 
 COLOUR_SHARE = 0.01
@@ -204,6 +206,8 @@ def _look_at(item: Item, options: DataOptions, survey: _Survey) -> None:
             width, height = picture.size
             size = (height, width) if _turned(picture) else (width, height)
             _big_enough(size)
+            if deep_colour(picture):
+                raise DataError("16 bits in colour: convert it to 8 bits, or to 16-bit grey")
             kind = "deep" if picture.mode in DEEP_MODES else "grey" if picture.mode in GREY_MODES else "colour"
             several = getattr(picture, "n_frames", 1) > 1
             if kind == "deep":
@@ -356,13 +360,13 @@ def _assemble(name: str, entry: Entry, options: DataOptions) -> ArrayData:
             remarks.append(f"{len(both):,} groups are in the training and in the held-out part, as the data bring them")
     if pairs:
         remarks.append(
-            f"{len(pairs):,} held-out images are in the training part too (such as {pairs[0][0]} = {pairs[0][1]}): "
-            "numbers on the held-out part flatter"
+            f"held-out images that are in the training part too: {len(pairs):,} (such as {pairs[0][0]} = "
+            f"{pairs[0][1]}); numbers on the held-out part flatter"
         )
     skipped = tuple((file, reason) for file, reason in facts["skipped"])
     intake = Intake(facts["found"], len(whole), skipped, tuple(remarks), tuple(pairs))
     preparation = Preparation.from_dict(facts["preparation"])
-    return ArrayData(name, train, heldout, class_names, preparation, intake)
+    return ArrayData(name, train, heldout, class_names, preparation, intake, own_parts=held is not None)
 
 
 def _labels(labels: list[Any], class_names: tuple[str, ...]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
@@ -370,8 +374,10 @@ def _labels(labels: list[Any], class_names: tuple[str, ...]) -> tuple[torch.Tens
     if all(label is None for label in labels):
         return None, ()
     words = {label for label in labels if isinstance(label, str)}
-    if words and not words.issubset(class_names):
+    if words:  # of the pictures that were used: a folder without one is no class
         class_names = tuple(sorted(words))
+        if len(words) == 1:
+            return None, ()
     if any(isinstance(label, str) for label in labels):
         index = {name: i for i, name in enumerate(class_names)}
         labels = [index.get(label, -1) for label in labels]

@@ -93,7 +93,7 @@ class DataOptions:
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     names = given.split(",") if isinstance(given, str) else given
-    return tuple(name.strip() for name in names if name.strip())
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 DATA_OPTIONS = tuple(DataOptions.__dataclass_fields__)

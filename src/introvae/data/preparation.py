@@ -22,8 +22,8 @@ class Preparation:
     """What is done to every picture, saved with the model so that later commands do the same.
 
     8-bit grey stays grey; RGB, palette, CMYK, YCbCr and the like become RGB; transparency is laid over white; 16-bit,
-    32-bit and float pictures are grey and go through the window. EXIF's orientation is applied. Resizing is Lanczos,
-    antialiased.
+    32-bit and float grey pictures go through the window (16 bits in colour are refused). EXIF's orientation is applied.
+    Resizing is Lanczos, antialiased.
 
     Arguments:
         size: (height, width) in pixels.
@@ -58,6 +58,8 @@ class Preparation:
         """
         if picture.format == "JPEG":  # let the decoder do the first halvings
             picture.draft(picture.mode, (3 * max(self.size), 3 * max(self.size)))
+        if deep_colour(picture):
+            raise DataError("16 bits in colour, of which only 8 would be read: convert it to 8 bits, or to 16-bit grey")
         picture = upright(picture)
         if picture.mode in DEEP_MODES:
             picture = self._windowed(picture, window)
@@ -111,6 +113,12 @@ class Preparation:
 
 
 PAIRS = ("size", "window", "percentiles")
+
+
+def deep_colour(picture: Image.Image) -> bool:
+    """Whether a picture that was not loaded yet has 16 bits a channel in colour; Pillow keeps the upper 8."""
+    tiles = getattr(picture, "tile", [])  # how the file's bytes are to be read; gone once they were
+    return bool(picture.mode in ("RGB", "RGBA") and tiles and ";16" in str(tiles[0][3]))
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -197,8 +205,8 @@ def resized(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Imag
 def automatic_size(sizes: dict[tuple[int, int], int]) -> tuple[int, int]:
     """(height, width) for images of these (width, height)s and counts, where none was asked for.
 
-    One size that networks take (a square that halves down to 4 ... 7 pixels, up to 128; or anything under 32 pixels)
-    is kept; otherwise a square of 64, or of 32 where half of the images have a side below 48.
+    One size that networks take (a square of at most 128 pixels that halves down to 4 ... 7), or one under 32 pixels, is
+    kept; otherwise a square of 64, or of 32 where half of the images have a side below 48.
 
     Example:
         >>> automatic_size({(28, 28): 100}), automatic_size({(640, 480): 60, (480, 640): 40})

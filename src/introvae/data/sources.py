@@ -1,27 +1,23 @@
-"""Where pictures come from: folders of files and scans, Parquet files, the hub. Each source gives the same items."""
+"""Where pictures come from: items, which every source gives alike, and folders of files."""
 
 from __future__ import annotations
 
-import glob
 import io
-import logging
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
-from introvae.data.options import DataOptions, slice_range
+from introvae.data.options import DataOptions
+from introvae.data.scans import is_scan, slices
 from introvae.errors import ConfigError, DataError
-from introvae.extras import import_extra
 
 SPLIT_WORDS = {
     "train": "train",
@@ -35,7 +31,6 @@ SPLIT_WORDS = {
 HELDOUT_SPLITS = ("test", "validation")
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 """How the BIDS standard marks the person in the names of brain scans."""
-LABEL_COLUMNS = ("label", "target", "class")
 CLUTTER = {"thumbs.db", "desktop.ini"}
 
 
@@ -86,17 +81,19 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """A file as it was found, and why it cannot be used."""
+
     name: str
     path: Path
     stat: os.stat_result | None
     problem: str = ""
 
 
-class _Files:
+class Files:
     """Signature and digest of a list of files."""
 
-    files: list[_File]
+    files: list[File]
 
     def signature(self) -> str:
         found = blake2b(digest_size=16)
@@ -121,7 +118,7 @@ class _Files:
         return found.hexdigest()
 
 
-class FolderSource(_Files):
+class FolderSource(Files):
     """Image files and scans in a folder and the folders in it; those on the first level are classes.
 
     Where the first level has a training folder beside a test or validation folder, these are the parts, and the level
@@ -162,18 +159,18 @@ class FolderSource(_Files):
             yield Item(file.name, content, split, label if self.class_names else None, self.groups.get(file.name))
 
 
-def _walk(path: Path) -> list[_File]:
+def _walk(path: Path) -> list[File]:
     if not path.is_dir():
         info = path.stat()
-        return [_File(path.name, path, info, _problem(info))]
-    found: list[_File] = []
+        return [File(path.name, path, info, _problem(info))]
+    found: list[File] = []
     seen: set[tuple[int, int]] = set()
 
     def failed(error: OSError) -> None:
         where = Path(error.filename or path)
         if where == path:
             raise DataError(f"{path} cannot be opened ({error.strerror}): give yourself the right to read it")
-        found.append(_File(where.relative_to(path).as_posix(), where, None, f"cannot be opened ({error.strerror})"))
+        found.append(File(where.relative_to(path).as_posix(), where, None, f"cannot be opened ({error.strerror})"))
 
     for folder, folders, names in os.walk(path, followlinks=True, onerror=failed):
         info = os.stat(folder)
@@ -192,7 +189,7 @@ def _walk(path: Path) -> list[_File]:
                 problem = _problem(info)
             except OSError as error:
                 info, problem = None, f"cannot be opened ({error.strerror})"
-            found.append(_File(relative, file, info, problem))
+            found.append(File(relative, file, info, problem))
     return found
 
 
@@ -205,8 +202,17 @@ def _problem(info: os.stat_result) -> str:
 
 def parquet_files(path: Path) -> list[Path]:
     """The Parquet files in a folder, without hidden ones."""
-    found = path.rglob("*.parquet")
+    found = (p for p in path.rglob("*.parquet") if p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+
+
+def holds_parquet(path: Path) -> bool:
+    """Whether a folder is one of Parquet files: it has some, and no image file or scan beside them."""
+    if not parquet_files(path):
+        return False
+    Image.init()
+    pictures = (*Image.EXTENSION, ".nii", ".gz")
+    return not any(p.suffix.lower() in pictures and not p.name.startswith(".") for p in path.rglob("*"))
 
 
 def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
@@ -234,194 +240,6 @@ def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
     return found
 
 
-def is_scan(name: str) -> bool:
-    """Whether a file name is a NIfTI volume's."""
-    return name.lower().endswith((".nii", ".nii.gz"))
-
-
-class ParquetSource(_Files):
-    """Rows of Parquet files in the `datasets` image convention, the parts named by the words in the files' names.
-
-    Raises:
-        DataError: no image column, or files that cannot be read.
-    """
-
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        self.name = str(path)
-        paths = [path] if path.is_file() else parquet_files(path)
-        self.files = [_File(p.name if p == path else p.relative_to(path).as_posix(), p, p.stat()) for p in paths]
-        self.splits: dict[str, list[str]] = {}
-        for file in self.files:
-            words = re.split(r"[^a-z]+", file.name.lower()) if path.is_dir() else []
-            split = next((split for split in HELDOUT_SPLITS if split in words), "train")
-            self.splits.setdefault(split, []).append(glob.escape(str(file.path)))  # a name is no pattern
-        self.options = options
-
-    @cached_property
-    def rows(self) -> RowSource:
-        """Opened when needed: images in the cache are not."""
-        return RowSource(self.name, "parquet", self.options, data_files=self.splits)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the label column's classes, where its type knows them."""
-        return self.rows.class_names
-
-    def __len__(self) -> int:
-        return 0
-
-    def items(self) -> Iterator[Item]:
-        return self.rows.items()
-
-
-class RowSource:
-    """Rows of a data set that `datasets` can stream: a name on the hub, or Parquet files.
-
-    Arguments:
-        name: what `--data` was.
-        builder: what `datasets.load_dataset` takes.
-
-    Raises:
-        DataError: no such data set, or no image column in it.
-        ConfigError: the group or label column is not there.
-    """
-
-    def __init__(self, name: str, builder: str, options: DataOptions, **arguments: Any) -> None:
-        import datasets
-
-        self.name = name
-        with _quiet(), _reading(name):
-            self.parts: dict[str, Any] = dict(datasets.load_dataset(builder, streaming=True, **arguments).items())
-            first = next(iter(self.parts.values()))
-            self.features: dict[str, Any] = dict(first.features or next(iter(first.take(1)), {}))
-        names = list(self.features)
-        images = [name for name in names if isinstance(self.features[name], datasets.Image)]
-        if not images:
-            raise DataError(
-                f"{name} has no image column: its columns are {', '.join(names) or 'none'}; write it with the "
-                "`datasets` library, or give a column the feature type Image"
-            )
-        self.column = "image" if "image" in images else images[0]
-        self.group = options.group
-        self.label = label_column(names, options.label, name)
-        if self.group is not None and self.group not in names:
-            raise ConfigError(f"{name} has no column {self.group!r} for --group: choose one of {', '.join(names)}")
-        self.class_names = tuple(getattr(self.features.get(self.label or ""), "names", None) or ())
-
-    def __len__(self) -> int:
-        return 0
-
-    def signature(self) -> str:
-        return self.digest()
-
-    def digest(self) -> str:
-        """The data set's commit on the hub."""
-        from huggingface_hub import dataset_info
-
-        with _reading(self.name):
-            return f"{self.name}@{dataset_info(self.name).sha}"
-
-    def items(self) -> Iterator[Item]:
-        import datasets
-
-        names = {split: SPLIT_WORDS.get(split, "train") for split in self.parts}
-        order = ("train", *HELDOUT_SPLITS)
-        for split in sorted(self.parts, key=lambda split: order.index(names[split])):
-            part = self.parts[split].cast_column(self.column, datasets.Image(decode=False))
-            kept = [c for c in (self.column, self.label, self.group) if c is not None]
-            row = 0
-            with _quiet(), _reading(self.name):
-                for batch in part.select_columns(list(dict.fromkeys(kept))).with_format("arrow").iter(batch_size=256):
-                    columns = [
-                        batch[c].to_pylist() if c else [None] * len(batch)
-                        for c in (self.column, self.label, self.group)
-                    ]
-                    for image, label, group in zip(*columns, strict=True):
-                        path = (image or {}).get("path")
-                        name = f"row {row}" + (f" ({path})" if path else "")
-                        name = f"{split} {name}" if len(self.parts) > 1 else name
-                        yield Item(name, self._content(image), names[split], self._label(label, name), _text(group))
-                        row += 1
-
-    def _content(self, image: dict[str, Any] | None) -> Path | bytes | DataError:
-        if image and image.get("bytes"):
-            return image["bytes"]
-        if image and image.get("path"):
-            path = image["path"]
-            return Path(path) if Path(path).is_file() else self._fetched(path)
-        return DataError("no image")
-
-    def _fetched(self, path: str) -> bytes | DataError:
-        import fsspec
-
-        try:
-            with fsspec.open(path, "rb") as file:
-                return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-        except Exception as error:  # each kind of address raises its own
-            return DataError(f"cannot be fetched ({first_line(error)})")
-
-    def _label(self, value: Any, name: str) -> str | int | None:
-        if value is None or isinstance(value, str):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise DataError(
-                f"{self.name}: the label in {name} is {value!r}: give class names or indices, or --label none"
-            )
-        return value
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def label_column(names: list[str], asked: str | None, source: str) -> str | None:
-    """The column of labels: the one asked for, the first of the usual names, or None.
-
-    Raises:
-        ConfigError: the one asked for is not there.
-    """
-    if asked is None:
-        return next((name for name in LABEL_COLUMNS if name in names), None)
-    if asked == "none":
-        return None
-    if asked not in names:
-        raise ConfigError(f"{source} has no column {asked!r} for --label: choose one of {', '.join(names)}, or none")
-    return asked
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """`datasets` and the hub without bars and logs: our one line says what is wrong."""
-    import datasets
-    from huggingface_hub.utils import logging as hub
-
-    bars, verbosity, hub_verbosity = (
-        datasets.is_progress_bar_enabled(),
-        datasets.logging.get_verbosity(),
-        hub.get_verbosity(),
-    )
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    hub.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        hub.set_verbosity(hub_verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, ConfigError, GeneratorExit):
-        raise
-    except Exception as error:  # pyarrow, PIL, datasets and the hub each raise types of their own
-        raise DataError(f"{name} cannot be read as image data: {first_line(error)}; give a folder or file") from error
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines()
@@ -440,46 +258,7 @@ def opened(item: Item, options: DataOptions) -> Iterator[Iterator[tuple[str, Ima
     if isinstance(content, DataError):
         raise content
     if isinstance(content, Path) and is_scan(content.name):
-        yield _slices(item.name, content, options)
+        yield slices(item.name, content, options)
         return
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file, Image.open(file) as image:
         yield iter([(item.name, image)])
-
-
-def _slices(name: str, path: Path, options: DataOptions) -> Iterator[tuple[str, Image.Image]]:
-    """Slices of a volume as floats, anterior or superior up, with square pixels."""
-    volume, spacing = _canonical(path)
-    array = volume.dataobj
-    other = [axis for axis in range(3) if axis != options.axis]
-    rows = slice_range(options.slices, volume.shape[options.axis])
-    values = np.asarray(
-        array[tuple(slice(rows.start, rows.stop) if a == options.axis else slice(None) for a in range(3))],
-        dtype=np.float32,
-    )
-    for index in rows:
-        plane = np.rot90(np.take(values, index - rows.start, axis=options.axis))
-        picture = Image.fromarray(np.ascontiguousarray(plane))
-        across, up = (spacing[axis] for axis in other)
-        fine = min(across, up)
-        size = (round(picture.width * across / fine), round(picture.height * up / fine))
-        if size != picture.size:
-            picture = picture.resize(size, Image.Resampling.BILINEAR)
-        yield f"{name} slice {index}", picture
-
-
-def _canonical(path: Path) -> tuple[Any, tuple[float, ...]]:
-    nibabel = import_extra("nibabel")
-    volume = nibabel.load(path)
-    if len(volume.shape) != 3:
-        raise DataError(f"{len(volume.shape)} dimensions {volume.shape}, not 3: give one volume a file")
-    volume = nibabel.as_closest_canonical(volume)
-    return volume, tuple(float(z) or 1.0 for z in volume.header.get_zooms()[:3])
-
-
-def scan_size(path: Path, options: DataOptions) -> tuple[int, tuple[int, int]]:
-    """How many slices a volume gives, and their (width, height), from its header."""
-    volume, spacing = _canonical(path)
-    a, b = (axis for axis in range(3) if axis != options.axis)
-    fine = min(spacing[a], spacing[b])
-    size = (round(volume.shape[a] * spacing[a] / fine), round(volume.shape[b] * spacing[b] / fine))
-    return len(slice_range(options.slices, volume.shape[options.axis])), size

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from introvae.data.arrays import ArrayData, Intake, Part, heldout_rows
 from introvae.data.options import DataOptions
-from introvae.data.sources import first_line, label_column
+from introvae.data.rows import label_column
+from introvae.data.sources import first_line
 from introvae.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -88,7 +89,10 @@ def load_table(path: Path, options: DataOptions, preparation: TablePreparation |
     rows = heldout_rows(len(values), options.heldout, options.heldout_seed, groups)
     kept = np.setdiff1d(np.arange(len(values)), rows)
     if preparation is None:
-        std = values[kept].std(axis=0)
+        with np.errstate(over="ignore", under="ignore"):
+            std = values[kept].std(axis=0)
+        if odd := [name for name, s in zip(columns, std, strict=True) if not np.isfinite(s) or 0 < s < 1e-100]:
+            raise DataError(f"{path}: values too large or too small: {_named(odd)}; scale them or use --drop")
         if flat := [name for name, s in zip(columns, np.ptp(values[kept], axis=0), strict=True) if s == 0]:
             raise DataError(f"{path}: constant in the training part: {_named(flat)}; leave them out with --drop")
         mean = values[kept].mean(axis=0)

@@ -47,7 +47,7 @@ def randconv(x: Tensor) -> Tensor:
     h = x.float().expand(-1, 3, -1, -1) * 2 - 1
     found = []
     for weight in _weights():
-        h = F.leaky_relu(F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), weight, stride=2), 0.2)
+        h = F.leaky_relu(F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), weight.to(h.device), stride=2), 0.2)
         found += [h.mean(dim=(2, 3)), h.flatten(2).std(dim=2, correction=0)]
     return torch.cat(found, dim=1)
 

@@ -9,7 +9,7 @@ from introvae.errors import ConfigError, DataError
 
 
 class GaussianStatistics:
-    """Mean and covariance of features, from sums in float64: batch by batch, in any order, mergeable.
+    """Mean and covariance of features, from sums in float64: batch by batch, in any order.
 
     Arguments:
         dim: number of features.
@@ -34,7 +34,7 @@ class GaussianStatistics:
         Raises:
             DataError: NaN or infinite values.
         """
-        x = features.detach().double().cpu()
+        x = features.detach().cpu().double()
         if not bool(x.isfinite().all()):
             raise DataError("the features hold NaN or infinite values: the model that made the images has diverged")
         if self.shift is None:

@@ -50,9 +50,17 @@ class ConvDecoder(nn.Module):
     """`z: [N, Z]` to `x: [N, C, S, S]` in [0, 1]: linear, [residual block, x2] per doubling, 5x5 conv, sigmoid."""
 
     def __init__(
-        self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str, stride: int, coarse: int
+        self,
+        shape: tuple[int, int, int],
+        latent_dim: int,
+        channels: Sequence[int],
+        norm: str,
+        stride: int,
+        coarse: int,
+        upsample: str,
     ) -> None:
         super().__init__()
+        self.upsample = upsample
         self.side, self.width, self.stride = shape[1] // stride >> len(channels), channels[-1], stride
         self.stem = nn.Linear(latent_dim, self.width * self.side**2)
         widths = [channels[-1], *reversed(channels), channels[0]]
@@ -67,8 +75,8 @@ class ConvDecoder(nn.Module):
         h = F.relu(self.stem(z)).unflatten(1, (self.width, self.side, self.side))
         h = self.blocks[0](h.contiguous(memory_format=torch.channels_last))
         for block in self.blocks[1:]:
-            h = block(F.interpolate(h, scale_factor=2, mode="nearest"))
-        h = F.interpolate(h, scale_factor=self.stride, mode="nearest") if self.stride > 1 else h
+            h = block(F.interpolate(h, scale_factor=2, mode=self.upsample))
+        h = F.interpolate(h, scale_factor=self.stride, mode=self.upsample) if self.stride > 1 else h
         logits = self.head(h)
         if self.coarse is not None:
             small = self.coarse(z).unflatten(1, self.small)
@@ -85,6 +93,7 @@ def build_conv(
     norm: str = "layer",
     stride: int | str = 1,
     coarse: int = 0,
+    upsample: str = "nearest",
 ) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder for square images of `shape` (C, S, S) with 1 or 3 channels.
 
@@ -96,8 +105,10 @@ def build_conv(
             (as published; its evaluation mode differs from its training mode) or "none".
         stride: how often smaller than the image the blocks work; only the first and last layer see all pixels. 2 costs
             a quarter of the time, for coarser detail. "auto" is the power of two that leaves them at most 32 pixels.
-        coarse: side of a small copy of the image that has a linear way of its own into the latent and back out, 0 for
-            none. Light, pose and outline, most of the squared error, are then learned in a few hundred steps.
+        coarse: side of a small copy of the image (at most the image's own) that has a linear way of its own into the
+            latent and back out, 0 for none. Light, pose and outline, most of the squared error, are then learned in a
+            few hundred steps.
+        upsample: "nearest" (as published) or "bilinear", which leaves no grid in the images.
 
     Raises:
         ConfigError: a shape, width or norm that is not possible; the message says which are.
@@ -106,6 +117,7 @@ def build_conv(
     package's own.
     """
     one_of(NORMS, norm=norm)
+    one_of(("nearest", "bilinear"), upsample=upsample)
     if stride == "auto":
         stride = 1
         while len(shape) == 3 and shape[1] // stride > AUTO_SIDE:
@@ -133,12 +145,11 @@ def build_conv(
             f"{len(channels)} channel widths halve the side that often, which {side} pixels do not allow: give 1 "
             f"to {_powers_of_two(side)} of them"
         )
-    if coarse > shape[1]:
-        raise ConfigError(f"coarse is {coarse}: it must not exceed the image's {shape[1]} pixels")
     for index, width in enumerate(channels):
         positive(**{f"channels[{index}]": width})
+    coarse = min(coarse, shape[1])
     encoder = ConvEncoder(square, latent_dim, channels, norm, stride, coarse)
-    decoder = ConvDecoder(square, latent_dim, channels, norm, stride, coarse)
+    decoder = ConvDecoder(square, latent_dim, channels, norm, stride, coarse, upsample)
     return (
         encoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
         decoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]

@@ -10,10 +10,10 @@ from torch import Tensor
 from introvae.errors import not_negative, one_of, positive
 from introvae.objectives.base import Judged, Objective, Values, mean_over_fakes
 
-RELATIVE_BETA_NEG = 0.03
+RELATIVE_BETA_NEG = 0.05
 """s beta_neg. The encoder's push on a fake's KL, s beta_neg exp(-alpha s beta_neg KL), balances the decoder's push,
-s beta_kl, at KL = ln(beta_neg / beta_kl) / (alpha s beta_neg): near 100 nats for images of 28 to 128 pixels and a
-beta_kl near 0.1, a little above what real images have.
+s beta_kl, at KL = ln(beta_neg / beta_kl) / (alpha s beta_neg): 55 to 90 nats for images of 28 to 128 pixels and a
+beta_kl near 0.15, a little above what real images have.
 """
 
 
@@ -78,7 +78,7 @@ class SoftIntroVAE(Objective):
 
         Example:
             >>> SoftIntroVAE(beta_neg=None).fitted(pixels=64 * 64).beta_neg
-            122.88
+            204.8
         """
         scale = self.scale if self.scale is not None else 1 / pixels
         return self if self.beta_neg is not None else replace(self, beta_neg=RELATIVE_BETA_NEG / scale)

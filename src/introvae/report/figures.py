@@ -57,7 +57,8 @@ def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
     for name, colour, label in (*series, ("kl_sample", SAMPLE, "sample")):
         found = [(row["step"], row[name]) for row in log if row.get(name) is not None]
         if found:
-            left.plot(*zip(*found, strict=True), color=colour, lw=1.2, label=label)
+            style = "--" if label == "reconstruction" else "-"  # it may lie exactly under another
+            left.plot(*zip(*found, strict=True), color=colour, lw=1.2, ls=style, label=label, zorder=3)
     right.plot(steps, [row["rec"] for row in log], color=REAL, lw=1.2)
     left.set(title="KL to the prior, nats", xlabel="step", ylim=(0, None))
     unit = "squared error, sum over pixels" if images else "squared error, sum over values"

@@ -9,6 +9,9 @@ from typing import Any
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
+MOST = 200
+"""At most so many rows of a list of files; report.json has all."""
+
 CAPTIONS = {
     "overview": "Held-out data, their reconstructions, and draws from the prior.",
     "samples": "More samples: latents drawn from the prior, decoded. Nothing was selected.",
@@ -62,13 +65,23 @@ def render(report: dict[str, Any], folder: Path, settings: str, environment: Seq
     jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters["number"] = number
     pictures = [
-        {"name": name, "caption": caption, "source": _embedded(folder / report["pictures"][name])}
+        {
+            "name": name,
+            "caption": _caption(name, caption, report),
+            "source": _embedded(folder / report["pictures"][name]),
+        }
         for name, caption in CAPTIONS.items()
         if name in report["pictures"]
     ]
     return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, pictures=pictures, settings=settings, environment=environment, meaning=MEANING
+        report=report, most=MOST, pictures=pictures, settings=settings, environment=environment, meaning=MEANING
     )
+
+
+def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
+    if name == "curves" and report["objective"] == "VAE":
+        return "Training. A VAE has no adversary: the KL of fakes is only looked at."
+    return caption
 
 
 def _embedded(path: Path) -> str:

@@ -243,9 +243,13 @@ class Trainer:
 
 
 def _preparation(data: Data) -> dict[str, Any]:
-    """What later commands must do to their data, for the model's config."""
-    known = isinstance(data, ArrayData) and data.preparation is not None
-    return {"preparation": data.preparation.to_dict()} if known else {}  # pyright: ignore
+    """What later commands must do to their data, and how to know the run's own again, for the model's config."""
+    if not isinstance(data, ArrayData):
+        return {}
+    found: dict[str, Any] = {"fingerprint": data.fingerprint()}
+    if data.preparation is not None:
+        found["preparation"] = data.preparation.to_dict()
+    return found
 
 
 def resolve(config: FitConfig, data: Data) -> FitConfig:

@@ -1,0 +1,59 @@
+"""NIfTI volumes: slices, anterior or superior up, with square pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from introvae.data.options import DataOptions, slice_range
+from introvae.errors import DataError
+from introvae.extras import import_extra
+
+
+def is_scan(name: str) -> bool:
+    """Whether a file name is a NIfTI volume's."""
+    return name.lower().endswith((".nii", ".nii.gz"))
+
+
+def slices(name: str, path: Path, options: DataOptions) -> Iterator[tuple[str, Image.Image]]:
+    """Slices of a volume as floats, anterior or superior up, with square pixels."""
+    volume, spacing = _canonical(path)
+    array = volume.dataobj
+    other = [axis for axis in range(3) if axis != options.axis]
+    rows = slice_range(options.slices, volume.shape[options.axis])
+    values = np.asarray(
+        array[tuple(slice(rows.start, rows.stop) if a == options.axis else slice(None) for a in range(3))],
+        dtype=np.float32,
+    )
+    for index in rows:
+        plane = np.rot90(np.take(values, index - rows.start, axis=options.axis))
+        picture = Image.fromarray(np.ascontiguousarray(plane))
+        across, up = (spacing[axis] for axis in other)
+        fine = min(across, up)
+        size = (round(picture.width * across / fine), round(picture.height * up / fine))
+        if size != picture.size:
+            picture = picture.resize(size, Image.Resampling.BILINEAR)
+        yield f"{name} slice {index}", picture
+
+
+def _canonical(path: Path) -> tuple[Any, tuple[float, ...]]:
+    nibabel = import_extra("nibabel")
+    volume = nibabel.load(path)
+    volume = nibabel.squeeze_image(volume)  # a fourth axis of length 1 is common
+    if len(volume.shape) != 3:
+        raise DataError(f"{len(volume.shape)} dimensions {volume.shape}, not 3: give one volume a file")
+    volume = nibabel.as_closest_canonical(volume)
+    return volume, tuple(float(z) or 1.0 for z in volume.header.get_zooms()[:3])
+
+
+def scan_size(path: Path, options: DataOptions) -> tuple[int, tuple[int, int]]:
+    """How many slices a volume gives, and their (width, height), from its header."""
+    volume, spacing = _canonical(path)
+    a, b = (axis for axis in range(3) if axis != options.axis)
+    fine = min(spacing[a], spacing[b])
+    size = (round(volume.shape[a] * spacing[a] / fine), round(volume.shape[b] * spacing[b] / fine))
+    return len(slice_range(options.slices, volume.shape[options.axis])), size
