@@ -495,11 +495,11 @@ def test_a_cache_that_is_cleared_while_images_are_decoded_loses_nothing(
     for i in range(5):
         put(tmp_path / "pictures" / f"{i}.png", i)
     wanted = load(tmp_path / "pictures", cache=False)
-    add = cache.Writer.add
+    add = Writer.add
 
-    def clear_and_add(self: cache.Writer, image: Any) -> None:
-        cache.clear_cache()
+    def clear_and_add(self: Writer, image: Any) -> None:
+        clear_cache()
         add(self, image)
 
-    monkeypatch.setattr(cache.Writer, "add", clear_and_add)
+    monkeypatch.setattr(Writer, "add", clear_and_add)
     assert_same(load(tmp_path / "pictures"), wanted)
