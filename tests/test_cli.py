@@ -176,7 +176,7 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
     assert report["steps"] == 3
     assert set(report) == {
         *("run", "data", "objective", "seed", "steps", "training_seconds", "picture", "metrics", "train", "heldout"),
-        *("pictures", "worst", "kl_nats_per_dimension"),
+        *("pictures", "page", "worst", "kl_nats_per_dimension"),
     }
     assert set(report["metrics"]) == {
         *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),
@@ -480,7 +480,7 @@ def test_evaluate_takes_other_data_of_the_same_shape(command: Command, digits: R
         reports.append(json.loads((run.folder / "report-other.json").read_text()))
     assert run.report() == digits.report()  # the run's own report stays
     assert reports[0]["data"] == str(data)
-    assert reports[0]["metrics"]["mse"]["n"] == 6  # a tenth is held out
+    assert reports[0]["metrics"]["mse"]["n"] == 60  # none of them was trained on
     assert reports[0] == reports[1]
     assert reports[0]["metrics"]["mse"] == reports[2]["metrics"]["mse"]
 
