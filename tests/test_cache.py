@@ -44,7 +44,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def start() -> None:
         monkeypatch.setattr(images_module, "_decode", refuse)
-        monkeypatch.setattr(images_module, "_look_through", refuse)
+        monkeypatch.setattr(images_module, "look_through", refuse)
 
     return start
 

@@ -27,7 +27,7 @@ from introvae.data import (
     preparation_from,
     read_images,
 )
-from introvae.data import images as images_module
+from introvae.data import survey as survey_module
 from introvae.data.arrays import heldout_rows, set_apart
 from introvae.data.options import slice_range
 from introvae.data.preparation import automatic_size
@@ -379,6 +379,7 @@ def test_an_intake_gives_plain_values():
         "found": 5,
         "used": 3,
         "skipped": [{"name": "a", "reason": "why"}, {"name": "b", "reason": "so"}],
+        "converted": [],
         "remarks": ["one"],
         "duplicates": [{"heldout": "c", "train": "d"}],
     }
@@ -568,7 +569,7 @@ def test_a_picture_with_a_value_that_is_none_is_skipped(tmp_path: Path, value: f
 
 
 def test_also_one_that_the_window_was_not_made_from_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images_module, "WINDOW_FILES", 2)
+    monkeypatch.setattr(survey_module, "WINDOW_FILES", 2)
     arrays = deep_arrays(30, np.float32)
     bad = {11, 17, 29}
     for i, array in enumerate(arrays):
@@ -582,8 +583,8 @@ def test_also_one_that_the_window_was_not_made_from_is_skipped(tmp_path: Path, m
 
 
 def test_the_window_of_many_files_is_close_to_that_of_all_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images_module, "WINDOW_FILES", 8)
-    monkeypatch.setattr(images_module, "WINDOW_VALUES", 100)
+    monkeypatch.setattr(survey_module, "WINDOW_FILES", 8)
+    monkeypatch.setattr(survey_module, "WINDOW_VALUES", 100)
     arrays = deep_arrays(60, np.uint16)
     for i, array in enumerate(arrays):
         put(tmp_path, f"{i:02}.png", array)
@@ -596,7 +597,7 @@ def test_the_window_of_many_files_is_close_to_that_of_all_values(tmp_path: Path,
 
 
 def test_the_window_is_of_all_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images_module, "WINDOW_VALUES", 64)
+    monkeypatch.setattr(survey_module, "WINDOW_VALUES", 64)
     array = np.tile(np.arange(64) * 1000, (64, 1)).astype(np.uint16)  # dark at the left, as pictures with a border are
     for i in range(8):
         put(tmp_path, f"{i}.png", array)
@@ -1089,3 +1090,18 @@ def test_names_that_cannot_be_paths_are_refused_in_one_line(name: str):
     with pytest.raises(DataError) as caught:
         load_data(name)
     assert "\n" not in str(caught.value)
+
+
+def test_unusual_pictures_are_named_with_what_was_done(tmp_path: Path):
+    for i in range(300):
+        put(tmp_path, f"good/{i:03}.jpg", texture(i, 128, 128))
+    fate = write_odd_files(tmp_path, texture(1, 64, 64))
+    found = dict(intake(load(tmp_path, size=64, channels=1)).converted)
+    ordinary = {"odd/UPPER CASE (1) ü.JPG"}
+    assert set(found) == {name for name, becomes in fate.items() if becomes == USED} - ordinary
+    assert found["odd/wide.png"] == "64 x 20 pixels, pad"
+    assert "turned upright" in found["odd/lying.jpg"]
+    assert "EXIF data damaged" in found["odd/broken_exif.jpg"]
+    assert "CMYK to RGB" in found["odd/print.jpg"]
+    assert "through the window" in found["odd/deep.png"]
+    assert "first of 2 frames" in found["odd/moving.gif"]

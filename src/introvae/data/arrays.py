@@ -57,6 +57,7 @@ class Intake:
         skipped: name and reason of each that did not.
         remarks: what a user should know, one sentence each.
         duplicates: held-out samples that are in the training part too, as pairs of names.
+        converted: name of each picture that is used and differs from most others, and what is done to it.
     """
 
     found: int
@@ -64,6 +65,7 @@ class Intake:
     skipped: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, str], ...] = ()
+    converted: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the log and the report."""
@@ -71,6 +73,7 @@ class Intake:
             "found": self.found,
             "used": self.used,
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "converted": [{"name": name, "what": what} for name, what in self.converted],
             "remarks": list(self.remarks),
             "duplicates": [{"heldout": heldout, "train": train} for heldout, train in self.duplicates],
         }

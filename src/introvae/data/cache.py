@@ -18,7 +18,7 @@ import numpy as np
 
 from introvae.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 """Of the entries and of everything that decides pixels: raise it when `preparation` changes what it makes."""
 LEFT_SECONDS = 24 * 3600
 """An unfinished entry that is older has been left."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -17,32 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from introvae.data.arrays import ArrayData, Intake, Part, heldout_rows, set_apart
 from introvae.data.cache import Entry, Writer, key_of, known_digest, read_entry, remember_digest
 from introvae.data.options import DataOptions
 from introvae.data.preparation import (
-    DEEP_MODES,
-    GREY_MODES,
     Preparation,
-    automatic_size,
-    deep_colour,
-    deep_values,
     window_of,
 )
-from introvae.data.scans import is_scan, scan_size
-from introvae.data.sources import HELDOUT_SPLITS, FolderSource, Item, Source, first_line, opened
+from introvae.data.scans import is_scan
+from introvae.data.sources import HELDOUT_SPLITS, Item, Source, opened
+from introvae.data.survey import Survey, look_through, progress, reason_of
 from introvae.errors import DataError, MissingExtraError
-
-COLOUR_SHARE = 0.01
-"""With no more colour pictures than this share, all become grey: a few strays must not treble the cost of the rest."""
-MIN_SIDE = 4
-"""Pictures with a smaller side are skipped."""
-WINDOW_FILES, WINDOW_VALUES = 256, 4099
-"""How many files, and values of each, the window's percentiles are of (up to twice as many files)."""
-
-log = logging.getLogger("introvae")
 
 
 def load_images(source: Source, options: DataOptions, preparation: Preparation | None = None) -> ArrayData:
@@ -79,7 +65,7 @@ def decoded(source: Source, options: DataOptions, preparation: Preparation | Non
         if (entry := read_entry(key)) is not None:
             return entry
     with _strict_pillow():
-        survey = _look_through(source, options)
+        survey = look_through(source, options)
         if survey.pictures < 2:
             raise _too_few(source.name, survey.pictures, survey.skipped)
         prepare = preparation or survey.preparation(options)
@@ -102,156 +88,10 @@ def _strict_pillow() -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Survey:
-    """What a look at every picture's head found."""
-
-    found: int = 0
-    pictures: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    skipped: dict[str, str] = field(default_factory=dict)
-    frames: int = 0
-    elsewhere: bool = False
-    values: list[np.ndarray] = field(default_factory=list)
-    stride: int = 1
-    deep_files: int = 0
-
-    def sample(self, read: Callable[[], np.ndarray]) -> None:
-        """Keep values of this deep file, if it is among the evenly spread ones that the window is made from."""
-        if self.deep_files % self.stride == 0:
-            values = read().ravel()
-            if len(values) > WINDOW_VALUES:  # a prime number of places: no stride that meets the same columns again
-                values = values[np.linspace(0, len(values) - 1, WINDOW_VALUES).astype(np.int64)]
-            self.values.append(values)
-            if len(self.values) > 2 * WINDOW_FILES:
-                self.values, self.stride = self.values[::2], 2 * self.stride
-        self.deep_files += 1
-
-    def preparation(self, options: DataOptions) -> Preparation:
-        size = (options.size, options.size) if options.size is not None else automatic_size(self.sizes)
-        channels = options.channels or (3 if self.kinds["colour"] > COLOUR_SHARE * self.pictures else 1)
-        per_file = options.window_of == "file" and bool(self.values)
-        window = None
-        if self.values and not per_file:
-            try:
-                window = window_of(np.concatenate(self.values), options.window)
-            except DataError as error:
-                raise DataError(f"the pictures of more than 8 bits: {error}") from error
-        percentiles = options.window if per_file else None
-        return Preparation(size, channels, options.fit, window, percentiles, options.axis, options.slices)
-
-    def remarks(self, options: DataOptions, prepare: Preparation) -> list[str]:
-        said = []
-        height, width = prepare.size
-        resized = sum(count for size, count in self.sizes.items() if size != (width, height))
-        if resized:
-            many = f"{len(self.sizes)} sizes" if len(self.sizes) > 1 else f"{min(self.sizes)[0]} x {min(self.sizes)[1]}"
-            why = "" if options.size is not None else "; --size chooses another"
-            said.append(
-                f"{resized:,} of {self.pictures:,} pictures ({many}) are brought to {width} x {height} pixels by "
-                f"{prepare.fit}{why}"
-            )
-        if self.kinds["colour"] and self.pictures > self.kinds["colour"] and prepare.channels == 3:
-            grey = self.pictures - self.kinds["colour"]
-            said.append(f"{grey:,} grey pictures beside {self.kinds['colour']:,} in colour: all become colour")
-        if self.kinds["colour"] and prepare.channels == 1:
-            few = "" if options.channels else ", as all but these few are grey; --channels 3 keeps their colour"
-            said.append(f"{self.kinds['colour']:,} colour pictures become grey{few}")
-        if prepare.window is not None and self.kinds["deep"]:
-            low, high = prepare.window
-            said.append(
-                f"{self.kinds['deep']:,} pictures have more than 8 bits: values from {low:.6g} to {high:.6g} become "
-                "black to white"
-            )
-        if prepare.percentiles is not None and self.kinds["deep"]:
-            low, high = prepare.percentiles
-            said.append(
-                f"{self.kinds['deep']:,} pictures have more than 8 bits: percentiles {low:g} to {high:g} of each file "
-                "become black to white"
-            )
-        if self.frames:
-            said.append(f"of files with several frames ({self.frames:,}) the first is used")
-        return said
-
-
-def _look_through(source: Source, options: DataOptions) -> _Survey:
-    survey = _Survey()
-    for item in _progress(source.items(), len(source), "looking"):
-        survey.found += 1
-        # A row that names a file has contents which the source's digest does not cover, so it is not cached.
-        survey.elsewhere |= isinstance(item.content, Path) and not isinstance(source, FolderSource)
-        try:
-            _look_at(item, options, survey)
-        except MissingExtraError:
-            raise
-        except Exception as error:  # Pillow and nibabel raise what they like; one bad file must not end the rest
-            survey.skipped[item.name] = _reason(error)
-    return survey
-
-
-def _look_at(item: Item, options: DataOptions, survey: _Survey) -> None:
-    if isinstance(item.content, Path) and is_scan(item.content.name):
-        count, size = scan_size(item.content, options)
-        if not count:
-            raise DataError(f"no slice in {options.slices}")
-        _big_enough(size)
-        survey.sample(lambda: _values_of_scan(item, options))
-        survey.pictures += count
-        survey.sizes[size] += count
-        survey.kinds["deep"] += count
-        return
-    with opened(item, options) as pictures:
-        for _, picture in pictures:
-            width, height = picture.size
-            size = (height, width) if _turned(picture) else (width, height)
-            _big_enough(size)
-            if deep_colour(picture):
-                raise DataError("16 bits in colour: convert it to 8 bits, or to 16-bit grey")
-            kind = "deep" if picture.mode in DEEP_MODES else "grey" if picture.mode in GREY_MODES else "colour"
-            several = getattr(picture, "n_frames", 1) > 1
-            if kind == "deep":
-                survey.sample(lambda picture=picture: deep_values(picture))
-            survey.pictures += 1
-            survey.sizes[size] += 1
-            survey.kinds[kind] += 1
-            survey.frames += several
-
-
-def _turned(picture: Image.Image) -> bool:
-    """Whether EXIF says that the picture lies on its side."""
-    if "exif" not in picture.info:  # Pillow turns TIFF's sizes itself, and would read a whole PNG to search for EXIF
-        return False
-    try:
-        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # a damaged EXIF block; the picture itself may be fine
-        return False
-
-
-def _values_of_scan(item: Item, options: DataOptions) -> np.ndarray:
-    with opened(item, options) as slices:
-        return np.concatenate([deep_values(picture).ravel() for _, picture in slices])
-
-
-def _big_enough(size: tuple[int, int]) -> None:
-    if min(size) < MIN_SIDE:
-        raise DataError(f"{size[0]} x {size[1]} pixels, too small (at least {MIN_SIDE} each way)")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow can read"
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        return f"enormous: more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened ({error.strerror})"
-    return first_line(error)
-
-
 Result = list[tuple[str, np.ndarray | str]]
 
 
-def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: _Survey, key: str | None) -> Entry:
+def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: Survey, key: str | None) -> Entry:
     known = survey.skipped
 
     def read(items: Sequence[Item]) -> list[Result]:
@@ -262,7 +102,7 @@ def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: 
     skipped = dict(known)
     try:
         wanted = (item for item in source.items() if item.name not in known)
-        todo = _progress(wanted, survey.found - len(known), "decoding")
+        todo = progress(wanted, survey.found - len(known), "decoding")
         for item, result in _ordered(read, todo):
             for name, image in result:
                 if isinstance(image, str):
@@ -283,6 +123,7 @@ def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: 
                 "class_names": list(source.class_names),
                 "found": survey.found,
                 "skipped": list(skipped.items()),
+                "converted": survey.unusual(prepare),
                 "remarks": survey.remarks(options, prepare),
                 "preparation": prepare.to_dict(),
             }
@@ -310,7 +151,7 @@ def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
     except MissingExtraError:
         raise
     except Exception as error:  # as in `_look_through`
-        return [(item.name, _reason(error))]
+        return [(item.name, reason_of(error))]
 
 
 def _ordered(
@@ -327,12 +168,6 @@ def _ordered(
                 yield from zip(done, results.result(), strict=True)
         for done, results in waiting:
             yield from zip(done, results.result(), strict=True)
-
-
-def _progress(items: Iterator[Item], count: int, what: str) -> Iterator[Item]:
-    from tqdm import tqdm
-
-    return iter(tqdm(items, what, count or None, unit="file", disable=None, delay=2, leave=False, mininterval=0.5))
 
 
 def _assemble(name: str, entry: Entry, options: DataOptions) -> ArrayData:
@@ -364,7 +199,8 @@ def _assemble(name: str, entry: Entry, options: DataOptions) -> ArrayData:
             f"{pairs[0][1]}); numbers on the held-out part flatter"
         )
     skipped = tuple((file, reason) for file, reason in facts["skipped"])
-    intake = Intake(facts["found"], len(whole), skipped, tuple(remarks), tuple(pairs))
+    converted = tuple((file, what) for file, what in facts["converted"])
+    intake = Intake(facts["found"], len(whole), skipped, tuple(remarks), tuple(pairs), converted)
     preparation = Preparation.from_dict(facts["preparation"])
     return ArrayData(name, train, heldout, class_names, preparation, intake, own_parts=held is not None)
 

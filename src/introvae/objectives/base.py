@@ -151,8 +151,8 @@ class Warmup:
         positive(**{"warmup.beta_rec": self.beta_rec})
 
     def resolved(self, steps: int) -> Warmup:
-        """The same with its number of steps in a run of `steps`."""
-        return replace(self, steps=round(self.share * steps), share=0.0) if self.share else self
+        """The same with its number of steps in a run of `steps`; a share leaves at least one step of the rest."""
+        return replace(self, steps=min(round(self.share * steps), steps - 1), share=0.0) if self.share else self
 
     def loss(self, real: Judged, scale: float) -> Tensor:
         """Mean over the batch of scale * (beta_rec * rec + beta_kl * KL); a scalar."""
