@@ -16,7 +16,7 @@ from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, TablePrepa
 from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
 from introvae.machine import hardware, versions
-from introvae.measures import METRICS, batched, measure
+from introvae.measures import METRICS, Heldout, look_at_heldout, measure
 from introvae.metrics import reconstruction
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import save_picture
@@ -66,7 +66,8 @@ def evaluate(
     checked_seed(seed)
     config, model = run.config(), run.model()
     loaded = _load(config, model, data)
-    found = measure(model, loaded, seed)
+    heldout = look_at_heldout(model, loaded) if isinstance(loaded, ArrayData) else None
+    found = measure(model, loaded, seed, heldout)
     for name in metrics:
         if name not in found:
             raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found)}")
@@ -90,7 +91,7 @@ def evaluate(
     if isinstance(loaded, ArrayData) and loaded.intake is not None:
         report["intake"] = loaded.intake.to_dict()
     try:
-        report |= _draw(run, model, loaded, f"images/evaluation{suffix}.png", rows if not suffix else [])
+        report |= _draw(run, model, loaded, heldout, f"images/evaluation{suffix}.png", rows if not suffix else [])
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         settings = run.config_path.read_text(encoding="utf-8")
         environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
@@ -151,7 +152,9 @@ def _all_unseen(config: FitConfig, data: ArrayData) -> ArrayData:
 
 
 @torch.no_grad()
-def _draw(run: Run, model: IntrospectiveVAE, data: Data, overview: str, log: list[dict[str, Any]]) -> dict[str, Any]:
+def _draw(
+    run: Run, model: IntrospectiveVAE, data: Data, heldout: Heldout | None, overview: str, log: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The report's pictures, drawn into the run's folder; their places, and what else only they were computed for."""
     folder = run.folder
     place = Path(overview)
@@ -165,9 +168,8 @@ def _draw(run: Run, model: IntrospectiveVAE, data: Data, overview: str, log: lis
 
     if preview(model, data, folder / place) is not None:
         drawn["overview"] = overview
-    if isinstance(data, ArrayData):
-        x, images = data.heldout.tensor(), len(data.shape) == 3
-        y = batched(model.reconstruct, x, model)
+    if isinstance(data, ArrayData) and heldout is not None:
+        x, y, images = heldout.x, heldout.reconstruction, len(data.shape) == 3
         errors = reconstruction.mse(x, y)
         order = errors.argsort().tolist()
         names = data.heldout.names or [f"held-out {row}" for row in range(len(x))]
@@ -184,7 +186,7 @@ def _draw(run: Run, model: IntrospectiveVAE, data: Data, overview: str, log: lis
                 "columns", figures.columns_figure(data, y, model.sample(len(x), torch.Generator().manual_seed(0)).cpu())
             )
             draw("errors", figures.error_histogram(errors, "Squared error of held-out rows, mean over columns"))
-        kl = batched(lambda part: model.encode(part).kl_per_dimension(), x, model).mean(dim=0)
+        kl = heldout.posterior.kl_per_dimension().mean(dim=0)
         more["kl_nats_per_dimension"] = [round(value, 6) for value in kl.tolist()]
         draw("latent", figures.latent_use(kl))
     if log:

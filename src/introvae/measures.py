@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Data, Density, DensityData
+from introvae.gaussian import DiagonalGaussian
 from introvae.metrics import classifier, features, histogram, manifold, reconstruction
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.model import IntrospectiveVAE
@@ -37,8 +38,12 @@ METRICS = [
 Metrics = dict[str, dict[str, Any]]
 
 
-def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
+def measure(model: IntrospectiveVAE, data: Data, seed: int = 0, heldout: Heldout | None = None) -> Metrics:
     """All metrics that apply to this data, of a model in evaluation mode.
+
+    Arguments:
+        seed: of all draws.
+        heldout: from `look_at_heldout`, where it was called already.
 
     Raises:
         DataError: the model makes values that are not finite.
@@ -46,7 +51,7 @@ def measure(model: IntrospectiveVAE, data: Data, seed: int = 0) -> Metrics:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(data, DensityData):
         return _plane(model, data.density, generator)
-    found = _reconstruction(model, data)
+    found = _reconstruction(model, heldout or look_at_heldout(model, data))
     if min(len(data.train), len(data.heldout)) > 1:
         found |= _frechet(model, data, torch.Generator().manual_seed(seed))
     enough = min(len(data.train), len(data.heldout)) > NEIGHBOURS
@@ -118,10 +123,26 @@ def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator
     return found
 
 
-def _reconstruction(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
+class Heldout(NamedTuple):
+    """The held-out part and what a model makes of it, on the CPU."""
+
+    x: Tensor
+    reconstruction: Tensor
+    posterior: DiagonalGaussian
+
+
+@torch.no_grad()
+def look_at_heldout(model: IntrospectiveVAE, data: ArrayData) -> Heldout:
+    """Encode the held-out part and decode the modes, once for all that is measured and drawn."""
     x = data.heldout.tensor()
-    y = batched(model.reconstruct, x, model)
-    kl = batched(lambda part: model.encode(part).kl(), x, model)
+    posteriors = [model.encode(part.to(model.device)) for part in x.split(BATCH)]
+    reconstruction = torch.cat([model.decode(posterior.mode).cpu() for posterior in posteriors])
+    mean, logvar = (torch.cat([getattr(p, name).cpu() for p in posteriors]) for name in ("mean", "logvar"))
+    return Heldout(x, reconstruction, DiagonalGaussian(mean, logvar))
+
+
+def _reconstruction(model: IntrospectiveVAE, heldout: Heldout) -> Metrics:
+    x, y = heldout.x, heldout.reconstruction
     images = x.ndim == 4
     kind, mode = ("images", "evaluation mode, ") if images else ("vectors", "")
     protocol = f"{len(x)} held-out {kind}, z = mode, {mode}averaged weights; mean and std over {kind}"
@@ -131,11 +152,10 @@ def _reconstruction(model: IntrospectiveVAE, data: ArrayData) -> Metrics:
         window = f"Gaussian window with sigma {sigma}, all pixels, mirrored border"
         values["psnr_db"] = reconstruction.psnr_db(x, y), protocol
         values["ssim"] = reconstruction.ssim(x, y), f"{protocol}; {window}"
-    values["kl_real_nats"] = kl, protocol
+    values["kl_real_nats"] = heldout.posterior.kl(), protocol
     found = {name: _entry(value.tolist(), len(x), text) for name, (value, text) in values.items()}
     if len(x) > 1:
-        mean = batched(lambda part: model.encode(part).mean, x, model)
-        active = int((mean.var(dim=0) > ACTIVE_VARIANCE).sum())
+        active = int((heldout.posterior.mean.var(dim=0) > ACTIVE_VARIANCE).sum())
         text = (
             f"of {model.latent_dim} latent dimensions, those whose posterior mean varies by more than {ACTIVE_VARIANCE}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from introvae.data.arrays import ArrayData, Intake, Part, from_array
 from introvae.data.densities import Density, get_density, list_densities
 from introvae.data.options import DATA_OPTIONS, DataOptions
 from introvae.data.preparation import Preparation
-from introvae.data.tables import TABLE_SUFFIXES, TablePreparation, read_rows
+from introvae.data.tables import TABLE_SUFFIXES, TablePreparation, load_table, read_rows
 from introvae.errors import CheckpointError, DataError
 
 __all__ = [
@@ -139,8 +140,6 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
         raise DataError("the run's data were an array in memory: give it again, as data=... or as --data FILE.npy")
     path = _path(name)
     if is_table(path):
-        from introvae.data.tables import load_table
-
         if isinstance(preparation, Preparation):
             raise DataError(f"{path} is a table and the model takes images: give images")
         return load_table(path, options, preparation)
@@ -178,9 +177,8 @@ def _path(name: str) -> Path:
     """
     try:
         path = Path(name).expanduser()
-        path.stat()
-    except FileNotFoundError:
-        return Path(name).expanduser()
+        with suppress(FileNotFoundError):
+            path.stat()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{name[:200]} cannot be opened ({reason}): give a path that can be read") from error

@@ -43,10 +43,10 @@ def cache_bytes() -> int:
 
 def clear_cache() -> int:
     """Drop everything in the cache; returns the bytes that it took."""
-    freed = cache_bytes()
+    before = cache_bytes()
     for name in ("entries", "sources"):
         shutil.rmtree(cache_folder() / name, ignore_errors=True)
-    return freed - cache_bytes()
+    return before - cache_bytes()
 
 
 def key_of(digest: str, settings: dict[str, Any]) -> str:

@@ -150,7 +150,7 @@ def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
             return [(name, prepare(picture)) for name, picture in pictures]
     except MissingExtraError:
         raise
-    except Exception as error:  # as in `_look_through`
+    except Exception as error:  # as in `look_through`
         return [(item.name, reason_of(error))]
 
 
@@ -214,7 +214,6 @@ def _labels(labels: list[Any], class_names: tuple[str, ...]) -> tuple[torch.Tens
         class_names = tuple(sorted(words))
         if len(words) == 1:
             return None, ()
-    if any(isinstance(label, str) for label in labels):
         index = {name: i for i, name in enumerate(class_names)}
         labels = [index.get(label, -1) for label in labels]
     return torch.tensor([-1 if label is None else label for label in labels]), class_names
