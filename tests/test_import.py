@@ -32,10 +32,11 @@ HEAVY = {
 
 LAYERS = [
     {"errors", "files", "machine"},
-    {"extras"},
+    {"extras", "precision", "parallel"},
     {"gaussian", "networks", "data", "metrics", "pictures"},
     {"objectives", "model"},
     {"step"},
+    {"capture"},
     {"training"},
     {"measures", "report"},
     {"evaluation", "exchange"},

@@ -85,7 +85,7 @@ def assert_same(a: Any, b: Any, where: str = "state") -> None:
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
         assert list(a) == list(b), where
-        for key in a.keys() - {"seconds"}:
+        for key in a.keys() - {"seconds", "seconds_waited"}:
             assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where

@@ -67,19 +67,23 @@ def mmd(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], official: bool, join
     return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
 
 
-def textbook(
+def update(
     encoder: nn.Module,
     decoder: nn.Module,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
     x: Tensor,
     noise: Any,
-    losses: Callable[..., tuple[Callable[..., Tensor], Callable[..., Tensor]]],
-    settings: dict[str, Any],
-    lr: float,
-    adam_betas: tuple[float, float],
-) -> Result:
-    """Algorithm 1: update the encoder, then the decoder; everything is computed anew in each phase."""
-    encoder_loss, decoder_loss = losses(**settings)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=lr, betas=adam_betas)
+    losses: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    official: bool = False,
+    real_again: bool = True,
+    look: Callable[[nn.Module], None] = lambda player: None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: update the encoder, then the decoder; everything is computed anew in each phase.
+
+    `real_again` encodes the real images a second time for the decoder, which only AS-IntroVAE's contrast to them reads;
+    `look` is called with each player just before its optimiser steps.
+    """
+    encoder_loss, decoder_loss = losses
     eps_rec, eps_sample = noise.fakes.chunk(2)
     again_rec, again_sample = noise.again.chunk(2)
 
@@ -96,27 +100,57 @@ def textbook(
         x, x_r, (mu, logvar), (mu_r, logvar_r), (mu_p, logvar_p), rec(x_r.detach(), x_rr), rec(x_p.detach(), x_pp)
     )
     loss_e.backward()
-    result = Result(loss_e.detach(), loss_e, gradients(encoder))
-    optimizer.step()
+    look(encoder)
+    optimizers[0].step()
 
     freeze(encoder, True)
     freeze(decoder, False)
-    with torch.no_grad():
-        real_again = encoder(x)
+    q = (mu.detach(), logvar.detach())
+    if real_again:
+        with torch.no_grad():
+            q = encoder(x)
     x_r, x_p = decoder(z.detach()), decoder(noise.prior)
     mu_r, logvar_r = encoder(x_r)
     mu_p, logvar_p = encoder(x_p)
     z_rr, z_pp = latent(mu_r, logvar_r, again_rec), latent(mu_p, logvar_p, again_sample)
-    if settings.get("variant") == "official_code":
+    if official:
         rec_r = rec(x_r.detach(), decoder(z_rr.detach()))
         rec_p = rec(x_p.detach(), decoder(z_pp.detach()))
     else:
         rec_r, rec_p = rec(x_r, decoder(z_rr).detach()), rec(x_p, decoder(z_pp).detach())
-    loss_d = decoder_loss(x, x_r, real_again, (mu_r, logvar_r), (mu_p, logvar_p), rec_r, rec_p)
+    loss_d = decoder_loss(x, x_r, q, (mu_r, logvar_r), (mu_p, logvar_p), rec_r, rec_p)
     loss_d.backward()
-    result.loss_decoder, result.decoder = loss_d.detach(), gradients(decoder)
+    look(decoder)
+    optimizers[1].step()
     freeze(encoder, False)
-    return result
+    return loss_e.detach(), loss_d.detach()
+
+
+def textbook(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    x: Tensor,
+    noise: Any,
+    losses: Callable[..., tuple[Callable[..., Tensor], Callable[..., Tensor]]],
+    settings: dict[str, Any],
+    lr: float,
+    adam_betas: tuple[float, float],
+) -> Result:
+    """One update of fresh players, with the gradients that their optimisers saw."""
+    encoder_optimizer = torch.optim.Adam(encoder.parameters(), lr=lr, betas=adam_betas)
+    decoder_optimizer = torch.optim.Adam(decoder.parameters(), lr=lr, betas=adam_betas)
+    seen: dict[int, list[Tensor]] = {}
+    loss_e, loss_d = update(
+        encoder,
+        decoder,
+        (encoder_optimizer, decoder_optimizer),
+        x,
+        noise,
+        losses(**settings),
+        official=settings.get("variant") == "official_code",
+        look=lambda player: seen.__setitem__(id(player), gradients(player)),
+    )
+    return Result(loss_e, loss_d, seen[id(encoder)], seen[id(decoder)])
 
 
 def introvae(beta: float, alpha: float, margin: float, variant: str = "paper") -> Any:

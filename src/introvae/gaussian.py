@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from introvae.precision import wide
+
 LOGVAR_RANGE = (-20.0, 10.0)
 """Bounds of every posterior's log-variance: sigma stays in [4.5e-5, 148], so that no log-variance makes an exp()
 overflow, and latents and KL of finite means (below 1e18, the root of float32's range) are never NaN. Outside the
@@ -36,9 +38,7 @@ class DiagonalGaussian:
     @classmethod
     def bounded(cls, mean: Tensor, logvar: Tensor) -> DiagonalGaussian:
         """The posterior of an encoder's raw outputs: float32 or wider, log-variance inside `LOGVAR_RANGE`."""
-        if mean.dtype in (torch.bfloat16, torch.float16):
-            mean, logvar = mean.float(), logvar.float()
-        return cls(mean, logvar.clamp(*LOGVAR_RANGE))
+        return cls(wide(mean), wide(logvar).clamp(*LOGVAR_RANGE))
 
     @property
     def mode(self) -> Tensor:

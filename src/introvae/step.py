@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import CheckpointError, positive
+from introvae.errors import CheckpointError, one_of, positive
 from introvae.gaussian import DiagonalGaussian
 from introvae.model import IntrospectiveVAE, squared_error
 from introvae.objectives import Judged, Objective, Values, Warmup
+from introvae.parallel import Alone
 
 
 class Noise(NamedTuple):
@@ -47,13 +49,21 @@ class Noise(NamedTuple):
         draws = torch.randn(6 * n, latent_dim, generator=generator, device=source, dtype=dtype).to(device)
         return cls(draws[:n], draws[n : 2 * n], draws[2 * n : 4 * n], draws[4 * n :])
 
+    def rows(self, rows: slice) -> Noise:
+        """The noise of some samples of the batch: what they get does not depend on how the batch is shared out."""
+
+        def of_both(pair: Tensor) -> Tensor:
+            return torch.cat([half[rows] for half in pair.chunk(2)])
+
+        return Noise(self.real[rows], self.prior[rows], of_both(self.fakes), of_both(self.again))
+
 
 class IntrospectiveStep:
     """One update of the encoder, then one of the decoder, on the same batch.
 
     The passes are the papers' with what is computed twice there shared: the decoder's outputs of the encoder's phase
-    serve the decoder's phase, whose weights have not changed, and reconstructions and samples go through each network
-    as one batch. The gradients are those of the textbook order.
+    serve the decoder's phase, whose weights have not changed, no second decode is made that no loss reads, and fakes
+    go through the encoder as one batch. The gradients are those of the textbook order.
 
     Arguments:
         model: the networks; trained in place.
@@ -62,9 +72,13 @@ class IntrospectiveStep:
         lr: Adam's rate of both players.
         adam_betas: Adam's decay rates.
         share: False recomputes the decoder's outputs in its own phase, as the papers' pseudo-code does.
+        precision: "bf16" lets the networks' layers compute in bf16 (autocast); weights, posteriors, latents, decoded
+            images, losses and Adam's moments stay float32. "float32" (and "tf32") leave all as it is.
+        peers: the processes that share each batch; gradients are averaged over them.
+        capturable: keep the rate and Adam's counts on the GPU, for `CapturedStep`.
 
     Raises:
-        ConfigError: a rate that is not above 0.
+        ConfigError: a rate that is not above 0, an unknown precision.
 
     Source: Soft-IntroVAE (2021), Algorithm 1; IntroVAE (2018), Algorithm 1.
 
@@ -85,16 +99,28 @@ class IntrospectiveStep:
         lr: float = 2e-4,
         adam_betas: tuple[float, float] = (0.9, 0.999),
         share: bool = True,
+        precision: str = "float32",
+        peers: Alone | None = None,
+        capturable: bool = False,
     ) -> None:
         positive(lr=lr)
+        one_of(("float32", "tf32", "bf16"), precision=precision)
         self.model, self.objective, self.warmup = model, objective, warmup or Warmup()
-        self.lr, self.share = lr, share
+        self.share, self.precision, self.peers, self.capturable = share, precision, peers or Alone(), capturable
+        self._lr = lr
         self.encoder_params = [p for p in model.encoder.parameters() if p.requires_grad]
         self.decoder_params = [p for p in model.decoder.parameters() if p.requires_grad]
-        self.encoder_optimizer = torch.optim.Adam(self.encoder_params, lr=lr, betas=adam_betas, fused=True)
-        self.decoder_optimizer = torch.optim.Adam(self.decoder_params, lr=lr, betas=adam_betas, fused=True)
+        self.encoder_optimizer = self._adam(self.encoder_params, lr, adam_betas)
+        self.decoder_optimizer = self._adam(self.decoder_params, lr, adam_betas)
         # Batch statistics would mix reconstructions and samples: such networks see them one after the other.
         self.one_batch = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        # The gradient into the latents is wanted for reconstructions only. Where images cost more than launches,
+        # samples are decoded apart, so that they take no part in that backward pass.
+        self.decode_apart = not self.one_batch or (model.device.type == "cpu" and len(model.shape or ()) == 3)
+
+    def _adam(self, params: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+        rate = torch.tensor(lr, device=params[0].device) if self.capturable else lr
+        return torch.optim.Adam(params, lr=rate, betas=betas, fused=True, capturable=self.capturable)
 
     def __call__(
         self, x: Tensor, noise: Noise | None = None, values: Values | None = None, *, warming: bool = False
@@ -124,50 +150,58 @@ class IntrospectiveStep:
         return self._two_player(x, noise, values)
 
     def _joint(self, x: Tensor, noise: Noise, values: Values, warming: bool) -> dict[str, Tensor]:
-        posterior = self.model.encode(x)
-        z = posterior.sample(noise.real)
-        real = Judged(x, z, posterior, squared_error(x, self.model.decode(z)))
+        with self._autocast(x):
+            posterior = self.model.encode(x)
+            z = posterior.sample(noise.real)
+            real = Judged(x, z, posterior, squared_error(x, self.model.decode(z)))
+        if not warming:
+            real = self._of_all(real)
         if warming:
             loss = self.warmup.loss(real, self.objective.scale_of(x))
         else:
             loss = self.objective.encoder_loss(real, (), values)
         loss.backward(inputs=self.encoder_params + self.decoder_params)
-        self._update(self.encoder_optimizer)
-        self._update(self.decoder_optimizer)
+        self._update(self.encoder_optimizer, self.encoder_params)
+        self._update(self.decoder_optimizer, self.decoder_params)
         return _record(real, (), loss, loss)
 
     def _two_player(self, x: Tensor, noise: Noise, values: Values) -> dict[str, Tensor]:
         objective = self.objective
-        posterior = self.model.encode(x)
-        z = posterior.sample(noise.real)
-        # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
-        leaf = z.detach().requires_grad_()
-        latents = torch.cat([leaf, noise.prior])
-        fakes = self._decode(latents)
-
-        # Encoder: fakes are given. The reconstruction's gradient comes back through the decoder to the leaf, ...
-        real = Judged(x, z, posterior, squared_error(x, fakes[: len(x)]))
-        judged = self._judge(
-            fakes.detach(), latents.detach(), noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else ""
-        )
+        # Encoder: fakes are given.
+        with self._autocast(x):
+            posterior = self.model.encode(x)
+            z = posterior.sample(noise.real)
+            # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
+            leaf = z.detach().requires_grad_()
+            reconstruction, sample = self._decode(leaf, noise.prior)
+            latents = torch.cat([leaf.detach(), noise.prior])
+            fakes = torch.cat([reconstruction, sample])
+            judged = self._judge(
+                fakes.detach(), latents, noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else ""
+            )
+        real = self._of_all(Judged(x, z, posterior, squared_error(x, reconstruction)))
         loss_encoder = objective.encoder_loss(real, judged, values)
+        # The reconstruction's gradient comes back through the decoder to the leaf, and from there goes into the
+        # encoder, together with all its other terms, in one backward pass.
         (into_z,) = torch.autograd.grad(loss_encoder, leaf, retain_graph=True)
-        # ... and from there goes into the encoder, together with all its other terms, in one backward pass.
         (loss_encoder + (z * into_z).sum()).backward(inputs=self.encoder_params)
         record = _record(real, judged, loss_encoder, None)
-        self._update(self.encoder_optimizer)
+        self._update(self.encoder_optimizer, self.encoder_params)
 
         # Decoder: judged by the updated encoder.
-        if not self.share:
-            fakes = self._decode(latents.detach())
-        real = Judged(x, leaf.detach(), posterior.detach(), squared_error(x, fakes[: len(x)]))
-        if objective.reads_real_in_decoder:
-            with torch.no_grad():
-                real = Judged(x, real.z, self.model.encode(x), real.rec)
-        judged = self._judge(fakes, latents.detach(), noise.again, objective.reads_fake_rec_in_decoder)
+        with self._autocast(x):
+            if not self.share:
+                reconstruction, sample = self._decode(leaf.detach(), noise.prior)
+                fakes = torch.cat([reconstruction, sample])
+            posterior = posterior.detach()
+            if objective.reads_real_in_decoder:
+                with torch.no_grad():
+                    posterior = self.model.encode(x)
+            judged = self._judge(fakes, latents, noise.again, objective.reads_fake_rec_in_decoder)
+        real = self._of_all(Judged(x, leaf.detach(), posterior, squared_error(x, reconstruction)))
         loss_decoder = objective.decoder_loss(real, judged, values)
         loss_decoder.backward(inputs=self.decoder_params)
-        self._update(self.decoder_optimizer)
+        self._update(self.decoder_optimizer, self.decoder_params)
         record["loss_decoder"] = loss_decoder.detach()
         return record
 
@@ -176,20 +210,44 @@ class IntrospectiveStep:
         posterior = self._encode(fakes)
         rec = None
         if rec_gradient == "encoder":
-            rec = squared_error(fakes, self._decode(posterior.sample(noise)))
+            rec = squared_error(fakes, self._decode_again(posterior.sample(noise)))
         elif rec_gradient == "fake":
             with torch.no_grad():
-                again = self._decode(posterior.sample(noise))
+                again = self._decode_again(posterior.sample(noise))
             rec = squared_error(fakes, again)
         elif rec_gradient == "redecode":
-            rec = squared_error(fakes.detach(), self._decode(posterior.sample(noise).detach()))
+            again = self._decode_again(posterior.sample(noise).detach())
+            rec = squared_error(fakes.detach(), again)
         n = len(fakes) // 2
         return tuple(
-            Judged(fakes[half], latents[half], posterior[half], None if rec is None else rec[half])
+            self._of_all(Judged(fakes[half], latents[half], posterior[half], None if rec is None else rec[half]))
             for half in (slice(0, n), slice(n, None))
         )
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _of_all(self, judged: Judged) -> Judged:
+        """Where a sample's loss depends on the others: posteriors, errors and latents of all processes' samples."""
+        if self.peers.count == 1 or not self.objective.batch_coupled:
+            return judged
+        columns = [judged.z, judged.posterior.mean, judged.posterior.logvar]
+        if judged.reconstruction_error is not None:
+            columns.append(judged.reconstruction_error[:, None])
+        found = self.peers.gather(torch.cat(columns, dim=1))
+        z, mean, logvar, *rest = found.split([column.shape[1] for column in columns], dim=1)
+        error = rest[0].squeeze(1) if rest else None
+        return replace(judged, z=z, posterior=DiagonalGaussian(mean, logvar), reconstruction_error=error)
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        # One context a phase: weights are cast once in it, and anew after the update.
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _decode(self, of_real: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of two batches of latents."""
+        if self.decode_apart:
+            return self.model.decode(of_real), self.model.decode(prior)
+        reconstruction, sample = self.model.decode(torch.cat([of_real, prior])).chunk(2)
+        return reconstruction, sample
+
+    def _decode_again(self, latents: Tensor) -> Tensor:
         if self.one_batch:
             return self.model.decode(latents)
         return torch.cat([self.model.decode(half) for half in latents.chunk(2)])
@@ -200,7 +258,9 @@ class IntrospectiveStep:
         halves = [self.model.encode(half) for half in fakes.chunk(2)]
         return DiagonalGaussian(torch.cat([q.mean for q in halves]), torch.cat([q.logvar for q in halves]))
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        if self.peers.count > 1:
+            self.peers.average([p.grad for p in params if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -208,7 +268,11 @@ class IntrospectiveStep:
         """Set the rate of both players."""
         for optimizer in (self.encoder_optimizer, self.decoder_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if not isinstance(group["lr"], Tensor):
+                    group["lr"] = lr
+                elif self._lr != lr:  # on the device, where a graph reads it
+                    group["lr"].fill_(lr)
+        self._lr = lr
 
     def state_dict(self) -> dict[str, Any]:
         """Networks and optimisers as tensors and plain values."""
@@ -231,8 +295,10 @@ class IntrospectiveStep:
         for name, _, params in players:
             _check_moments(state[name], params, name)
         self.model.load_state_dict(state["model"])
-        for name, optimizer, _ in players:
-            optimizer.load_state_dict(state[name])
+        for name, optimizer, params in players:
+            rate = torch.tensor(self._lr, device=params[0].device) if self.capturable else self._lr
+            groups = [{**group, "lr": rate, "capturable": self.capturable} for group in state[name]["param_groups"]]
+            optimizer.load_state_dict({**state[name], "param_groups": groups})
 
 
 def _check_moments(state: Mapping[str, Any], params: list[nn.Parameter], name: str) -> None:

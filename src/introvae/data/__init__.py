@@ -78,7 +78,11 @@ class DensityBatches:
 
     def next(self, device: torch.device | str) -> Tensor:
         """The next batch, float32 `[N, 2]`."""
-        return self.density.sample(self.batch_size, self.generator).to(device)
+        return self.stored().to(device)
+
+    def stored(self) -> Tensor:
+        """The next batch, on the CPU."""
+        return self.density.sample(self.batch_size, self.generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""

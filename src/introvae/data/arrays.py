@@ -143,15 +143,20 @@ class ArrayBatches:
 
     def __init__(self, x: Tensor, batch_size: int, seed: int) -> None:
         self.x, self.batch_size, self.seed = x, batch_size, seed
+        self._fingerprint = fingerprint(x)
         self._start(epoch=0)
 
     def next(self, device: torch.device | str) -> Tensor:
         """The next batch as float32 on `device`."""
+        return to_float(self.stored().to(device))
+
+    def stored(self) -> Tensor:
+        """The next batch as it is kept: on the CPU, images as uint8."""
         if self.position + self.batch_size > len(self.x):
             self._start(self.epoch + 1)
         rows = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return to_float(self.x[rows].to(device))
+        return self.x[rows]
 
     def _start(self, epoch: int, position: int = 0) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -160,7 +165,7 @@ class ArrayBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, and of which data."""
-        return {"epoch": self.epoch, "position": self.position, "data": fingerprint(self.x)}
+        return {"epoch": self.epoch, "position": self.position, "data": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
@@ -168,7 +173,7 @@ class ArrayBatches:
         Raises:
             DataError: the data are not the ones the state is of.
         """
-        if state["data"] != fingerprint(self.x):
+        if state["data"] != self._fingerprint:
             raise DataError("the data are not the ones that the run was started with: give those, or start a new run")
         self._start(state["epoch"], state["position"])
 

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from introvae.errors import ConfigError, positive, unknown
+from introvae.networks.blocks import use_gradient_checkpointing
 from introvae.networks.conv import build_conv
 from introvae.networks.mlp import build_mlp
 
-__all__ = ["build_network", "list_networks", "network_for", "register_network"]
+__all__ = ["build_network", "list_networks", "network_for", "register_network", "use_gradient_checkpointing"]
 
 Builder = Callable[..., tuple[nn.Module, nn.Module]]
 

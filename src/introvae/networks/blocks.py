@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from introvae.errors import one_of
+from introvae.errors import ConfigError, one_of
 
 NORMS = ("layer", "group", "batch", "none")
 
@@ -16,8 +19,7 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each position: no statistics over the batch or over space, cheap on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:  # [N, C, H, W]
-        channels_last = input.permute(0, 2, 3, 1)
-        return F.layer_norm(channels_last, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:
@@ -32,6 +34,35 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     if norm == "group":
         return nn.GroupNorm(math.gcd(8, channels), channels)
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+
+def activated(norm: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    """LeakyReLU(norm(x) + skip), `[N, C, H, W]`, computed in place of the normalisation's output; x may be overwritten.
+
+    No backward pass reads that output, so it need not be kept: less memory, and up to a fifth less time on the CPU.
+    """
+    if not isinstance(norm, ChannelNorm):
+        h = norm(x)
+        return F.leaky_relu_(h if skip is None else h.add_(skip), 0.2)
+    # In place of a view, autograd would copy: so not of the permuted result, but before it is permuted back.
+    h = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.leaky_relu_(h if skip is None else h.add_(skip.permute(0, 2, 3, 1)), 0.2).permute(0, 3, 1, 2)
+
+
+class Stages(nn.Module):
+    """Base of networks that can forget what is inside their stages and compute it again in the backward pass.
+
+    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost.
+    """
+
+    gradient_checkpointing = False
+    """Whether only the inputs of stages are kept: about a third more time for a fraction of the memory."""
+
+    def stage(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`compute(x)`, kept or forgotten."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        return compute(x)
 
 
 class ResidualBlock(nn.Module):
@@ -50,5 +81,18 @@ class ResidualBlock(nn.Module):
         self.norm2 = make_norm(norm, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.leaky_relu(self.norm1(self.conv1(x)), 0.2)
-        return F.leaky_relu(self.norm2(self.conv2(inner)) + self.skip(x), 0.2)
+        inner = activated(self.norm1, self.conv1(x))
+        return activated(self.norm2, self.conv2(inner), self.skip(x))
+
+
+def use_gradient_checkpointing(network: nn.Module) -> None:
+    """Let a network keep only its stages' inputs for the backward pass (see `Stages`).
+
+    Raises:
+        ConfigError: the network has no stages.
+    """
+    stages = [module for module in network.modules() if isinstance(module, Stages)]
+    if not stages:
+        raise ConfigError(f"{type(network).__name__} has no stages to forget: take gradient_checkpointing false")
+    for module in stages:
+        module.gradient_checkpointing = True

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from introvae.errors import ConfigError, not_negative, one_of, positive, unknown, whole
-from introvae.networks.blocks import NORMS, ResidualBlock, make_norm
+from introvae.networks.blocks import NORMS, ResidualBlock, Stages, activated, make_norm
+from introvae.precision import wide
 
 WIDTHS = (64, 128, 256, 512, 512, 512)
 """Published channels from the largest resolution to the smallest (28 px: the first two, 32 px: three, 256 px: all)."""
+
+LARGE_WIDTHS = (16, 32)
+"""Channels of resolutions above those of `WIDTHS`: 512 px starts with 32, 1024 px with 16, as IntroVAE (2018) does."""
 
 AUTO_SIDE = 32
 """`stride="auto"` leaves the blocks at most this many pixels."""
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Stages):
     """`x: [N, C, S, S]` to mean and log-variance, each `[N, Z]`: 5x5 conv, then [residual block, pool] per halving."""
 
     def __init__(
@@ -37,16 +41,20 @@ class ConvEncoder(nn.Module):
         self.coarse = nn.Linear(shape[0] * coarse**2, latent_dim) if coarse else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.leaky_relu(self.norm(F.avg_pool2d(self.stem(x), self.stride) if self.stride > 1 else self.stem(x)), 0.2)
+        h = self.stage(self._first, x)
         for block in self.blocks:
-            h = block(F.avg_pool2d(h, 2))
+            h = self.stage(lambda h, block=block: block(F.avg_pool2d(h, 2)), h)
         mean, logvar = self.head(h.flatten(1)).chunk(2, dim=1)
         if self.coarse is not None:
             mean = mean + self.coarse(F.adaptive_avg_pool2d(x, self.side).flatten(1) - 0.5)
         return mean, logvar
 
+    def _first(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return activated(self.norm, F.avg_pool2d(h, self.stride) if self.stride > 1 else h)
 
-class ConvDecoder(nn.Module):
+
+class ConvDecoder(Stages):
     """`z: [N, Z]` to `x: [N, C, S, S]` in [0, 1]: linear, [residual block, x2] per doubling, 5x5 conv, sigmoid."""
 
     def __init__(
@@ -73,15 +81,17 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = F.relu(self.stem(z)).unflatten(1, (self.width, self.side, self.side))
-        h = self.blocks[0](h.contiguous(memory_format=torch.channels_last))
+        h = self.stage(self.blocks[0], h.contiguous(memory_format=torch.channels_last))
         for block in self.blocks[1:]:
-            h = block(F.interpolate(h, scale_factor=2, mode=self.upsample))
-        h = F.interpolate(h, scale_factor=self.stride, mode=self.upsample) if self.stride > 1 else h
-        logits = self.head(h)
+            h = self.stage(lambda h, block=block: block(F.interpolate(h, scale_factor=2, mode=self.upsample)), h)
+        logits = wide(self.stage(self._last, h))
         if self.coarse is not None:
-            small = self.coarse(z).unflatten(1, self.small)
+            small = wide(self.coarse(z)).unflatten(1, self.small)
             logits = logits + F.interpolate(small, size=logits.shape[2:], mode="bilinear", align_corners=False)
         return torch.sigmoid(logits)
+
+    def _last(self, h: Tensor) -> Tensor:
+        return self.head(F.interpolate(h, scale_factor=self.stride, mode=self.upsample) if self.stride > 1 else h)
 
 
 def build_conv(
@@ -137,7 +147,9 @@ def build_conv(
     side = shape[1] // stride
     positive(width=width)
     if channels is None:
-        channels = [max(1, round(width * channel)) for channel in WIDTHS[: _halvings(side)]]
+        more = max(0, _halvings(side) - len(WIDTHS))
+        published = [*LARGE_WIDTHS[len(LARGE_WIDTHS) - more :], *WIDTHS[: _halvings(side)]]
+        channels = [max(1, round(width * channel)) for channel in published]
     elif width != 1:
         raise ConfigError("channels and width are both given: give one of them")
     if not channels or side % (1 << len(channels)):
@@ -157,12 +169,12 @@ def build_conv(
 
 
 def possible_sides() -> list[int]:
-    """Sides that halve, at least once and as often as `WIDTHS` has entries, down to 4 ... 7 pixels."""
-    return sorted(base << k for base in (4, 5, 6, 7) for k in range(1, len(WIDTHS) + 1))
+    """Sides that halve, at least once and as often as there are widths, down to 4 ... 7 pixels."""
+    return sorted(base << k for base in (4, 5, 6, 7) for k in range(1, len(LARGE_WIDTHS) + len(WIDTHS) + 1))
 
 
 def _halvings(side: int) -> int:
-    return next(k for k in range(1, len(WIDTHS) + 1) if side >> k < 8)
+    return next(k for k in range(1, len(LARGE_WIDTHS) + len(WIDTHS) + 1) if side >> k < 8)
 
 
 def _powers_of_two(side: int) -> int:

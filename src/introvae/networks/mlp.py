@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from introvae.errors import positive
+from introvae.precision import wide
 
 
 class MLPEncoder(nn.Module):
@@ -31,7 +32,7 @@ class MLPDecoder(nn.Module):
         self.layers = _mlp(latent_dim, hidden, depth, math.prod(shape))
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.layers(z)
+        x = wide(self.layers(z))
         return x if len(self.shape) == 1 else torch.sigmoid(x).unflatten(1, self.shape)
 
 
@@ -56,5 +57,5 @@ def build_mlp(
 def _mlp(inputs: int, hidden: int, depth: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in [inputs] + [hidden] * (depth - 1):
-        layers += [nn.Linear(width, hidden), nn.ReLU()]
+        layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))

@@ -17,10 +17,12 @@ import yaml
 from introvae.data import DATA_OPTIONS, DataOptions, holds_vectors, is_table
 from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
+from introvae.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+COMPILERS = ("none", "cudagraph", "inductor")
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_STEPS = 10_000
 
@@ -52,6 +54,12 @@ class FitConfig(DataOptions):
         image_every: steps between two pictures; 0 for only one at the end.
         checkpoint_every: steps between two checkpoints; 0 for only one at the end.
         device: auto, cpu, cuda, cuda:1, mps ...
+        precision: auto (bf16 for images where the hardware multiplies in it, else float32, on NVIDIA GPUs with TF32),
+            float32, tf32 or bf16; vectors stay float32.
+        compile: none, cudagraph (a step as one launch, on NVIDIA GPUs) or inductor (torch.compile of both networks).
+        gradient_checkpointing: keep only the inputs of the networks' stages and compute the rest again in the backward
+            pass: about a third more time, a fraction of the memory.
+        flip: mirror images at random.
         out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
 
     Raises:
@@ -82,6 +90,10 @@ class FitConfig(DataOptions):
     image_every: int = 1000
     checkpoint_every: int = 1000
     device: str = "auto"
+    precision: str = "auto"
+    compile: str = "none"
+    gradient_checkpointing: bool = False
+    flip: bool = False
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +119,8 @@ class FitConfig(DataOptions):
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("steps and epochs are both given: give one of them")
         one_of(("constant", "cosine", "milestones"), lr_schedule=self.lr_schedule)
+        one_of(PRECISIONS, precision=self.precision)
+        one_of(COMPILERS, compile=self.compile)
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
             raise ConfigError("lr_milestones and lr_schedule='milestones' go together: give both or neither")
         shares = {f"lr_milestones[{i}]": share for i, share in enumerate(self.lr_milestones)}

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from introvae.data import DATA_OPTIONS, Data, DataOptions, load_data
 from introvae.errors import ConfigError, RunError
+from introvae.parallel import processes
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig, load_config, recipe_path, recommended_recipe
-from introvae.training.loop import Trainer, resolve
+from introvae.training.loop import Trainer, load_once, resolve
 from introvae.training.run import Run, default_folder
+
+MACHINES = ("device", "cache", "precision", "compile", "gradient_checkpointing")
+"""Settings in which a resumed run may differ: they say how it is computed, not what."""
 
 
 def fit(
@@ -68,8 +72,12 @@ def fit(
     else:
         raise ConfigError("give either a config or single settings, not both")
     trainer = Trainer(config, data)
-    run = Run.create(Path(config.out) if config.out else default_folder(config), trainer.config)
-    return trainer.train(run, progress)
+    peers = trainer.peers
+    folder = peers.tell(Path(config.out) if config.out else default_folder(config))
+    if peers.first:
+        Run.create(folder, trainer.config)
+    peers.wait()
+    return trainer.train(Run(folder), progress)
 
 
 def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
@@ -126,7 +134,8 @@ def resume_fit(
     if not checkpoints:
         raise RunError(f"{folder} has no checkpoint to resume from: remove it or choose another --out, and start anew")
     trainer.load_state_dict(load_checkpoint(checkpoints[-1], trainer.device), checkpoints[-1])
-    run.rewind_log(trainer.step_index)
+    if trainer.peers.first:
+        run.rewind_log(trainer.step_index)
     return trainer.train(run, progress)
 
 
@@ -140,7 +149,7 @@ def resumable(
     """
     found = run.config()
     _refuse_unknown(settings or {})
-    data = load_data(found.data, found) if data is None else data
+    data = load_once(found, processes(found.device)) if data is None else data
     base = config or found
     if {"steps", "epochs"} & (settings or {}).keys():
         base = dataclasses.replace(base, steps=None, epochs=None)
@@ -148,16 +157,16 @@ def resumable(
     if wanted.out is not None and Path(wanted.out).resolve() != run.folder.resolve():
         raise RunError(f"a resumed run stays in its folder {run.folder}: resume without --out, or start a new run")
     refuse_differences(run, found, resolve(wanted, data))
-    return Trainer(dataclasses.replace(found, device=wanted.device), data)
+    return Trainer(dataclasses.replace(found, **{name: getattr(wanted, name) for name in MACHINES}), data)
 
 
 def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
-    """Raise `RunError` with every setting in which `wanted` differs from the run's; the device may."""
+    """Raise `RunError` with every setting in which `wanted` differs from the run's; those of `MACHINES` may."""
     ours, theirs = _flat(wanted.to_dict()), _flat(found.to_dict())
     differences = [
         f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name not in ("device", "cache")
+        if ours.get(name) != theirs.get(name) and name not in MACHINES
     ]
     if differences:
         raise RunError(

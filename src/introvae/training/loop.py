@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from introvae.capture import CapturedStep
 from introvae.data import ArrayData, Data, load_data
 from introvae.errors import CheckpointError, ConfigError, DataError, DivergedError, InterruptedRunError, RunError
+from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
+from introvae.networks import use_gradient_checkpointing
 from introvae.objectives import Objective
+from introvae.parallel import Alone, Peers, processes
+from introvae.precision import float32_multiplications, pick_precision
 from introvae.step import IntrospectiveStep, Noise
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
 from introvae.training.config import DEFAULT_STEPS, FitConfig
 from introvae.training.controller import Controller
-from introvae.training.ema import averaged
+from introvae.training.ema import Average
+from introvae.training.feed import Feed
 from introvae.training.preview import preview
+from introvae.training.readback import Readback
 from introvae.training.run import Run
+
+log = logging.getLogger("introvae")
 
 
 class Step(Protocol):
     """What the loop knows of an update."""
 
-    objective: Objective
+    @property
+    def objective(self) -> Objective: ...
+
+    @objective.setter
+    def objective(self, objective: Objective) -> None: ...
 
     def __call__(
         self, x: Tensor, noise: Noise | None = None, values: Any = None, *, warming: bool = False
@@ -42,7 +57,7 @@ class Step(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Trainer:
@@ -58,10 +73,13 @@ class Trainer:
     """
 
     def __init__(self, config: FitConfig, data: Data | None = None) -> None:
-        self.data = load_data(config.data, config) if data is None else data
+        self.peers = processes(config.device)
+        self.data = load_once(config, self.peers) if data is None else data
         self.config = config = resolve(config, self.data)
-        self.device = pick_device(config.device)
+        self.device = self.peers.device if isinstance(self.peers, Peers) else pick_device(config.device)
+        self.precision = pick_precision(config.precision, self.device, self.data.shape)
         self.steps, latent_dim = config.steps or 0, config.latent_dim or 0  # resolve() filled them in
+        rows = self.peers.rows(config.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # of the weights; all later draws have generators of their own
             values = "[0, 1]" if len(self.data.shape) == 3 else "unbounded"
@@ -72,14 +90,37 @@ class Trainer:
                 data={"name": Path(self.data.name).name, "range": values, **_preparation(self.data)},
                 **config.network_options,
             ).to(self.device)
-        self.step = IntrospectiveStep(
-            self.model, config.objective, warmup=config.warmup, lr=config.lr, adam_betas=config.adam_betas
-        )
-        self.average = averaged(self.model, config.ema)
+        self.average = Average(self.model, config.ema)
+        share_statistics(self.model, self.peers)
+        if config.gradient_checkpointing:
+            use_gradient_checkpointing(self.model.encoder)
+            use_gradient_checkpointing(self.model.decoder)
+        if config.flip and len(self.data.shape) != 3:
+            raise ConfigError(f"flip mirrors images, {self.data.name} has vectors: leave it out")
+        self.step = self._make_step()
         self.controller = Controller(config.objective, config.warmup.steps, self.steps, self.device)
-        self.batches = self.data.batches(config.batch_size, config.seed)
-        self.noise = torch.Generator().manual_seed(config.seed + 1)  # on the CPU: any device can resume
+        batches = self.data.batches(config.batch_size, config.seed)
+        self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip)
+        self.readback = Readback(self.peers)
         self.step_index, self.seconds = 0, 0.0
+
+    def _make_step(self) -> Step:
+        config = self.config
+        captured = config.compile == "cudagraph"
+        if config.compile == "inductor" and can_compile(self.device):
+            self.model.encoder.compile(dynamic=False)
+            self.model.decoder.compile(dynamic=False)
+        step = IntrospectiveStep(
+            self.model,
+            config.objective,
+            warmup=config.warmup,
+            lr=config.lr,
+            adam_betas=config.adam_betas,
+            precision=self.precision,
+            peers=self.peers,
+            capturable=captured,
+        )
+        return CapturedStep(step) if captured else step
 
     def train(self, run: Run, progress: bool = True) -> Run:
         """Run to the end; the model is saved there.
@@ -90,7 +131,11 @@ class Trainer:
             RunError: the run folder cannot be written.
         """
         try:
-            return self._train(run, progress)
+            with ExitStack() as stack:
+                stack.enter_context(float32_multiplications(tf32=self.precision != "float32"))
+                if self.device.type == "cpu":
+                    stack.enter_context(keep_freed_memory())
+                return self._train(run, progress)
         except OSError as error:
             raise RunError(
                 f"{run.folder} cannot be written ({error}): give it room or rights, then go on with introvae fit "
@@ -106,47 +151,56 @@ class Trainer:
             unit="img" if len(self.data.shape) == 3 else "sample",
             unit_scale=True,
             smoothing=0.1,
-            disable=None if progress else True,  # None: where standard error is no terminal
+            disable=None if progress and self.peers.first else True,  # None: where standard error is no terminal
             mininterval=0.5,
         )
+        self.peers.copy_first(self.model)
         if self.step_index == 0:
             self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
-            if isinstance(self.data, ArrayData) and self.data.intake is not None and not run.events("data"):
-                run.log_event("data", step=0, **self.data.intake.to_dict())
-        with bar, open(run.log_path, "a") as log, _stop_on_signal() as stopped:
+            known = isinstance(self.data, ArrayData) and self.data.intake is not None
+            if known and self.peers.first and not run.events("data"):
+                run.log_event("data", step=0, **self.data.intake.to_dict())  # pyright: ignore
+        with ExitStack() as stack:
+            stack.enter_context(bar)
+            log = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
+            stopped = stack.enter_context(_stop_on_signal())
+            stack.enter_context(self.feed)
             while self.step_index < self.steps:
-                row = self._one_step()
+                due = self._one_step()
                 bar.update(self.config.batch_size)
-                if row is not None:
-                    self._log(run, log, row, bar)
                 done, config = self.step_index, self.config
-                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps:
+                save = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
+                draw = config.image_every and done % config.image_every == 0 and done < self.steps
+                stop = (due or self.peers.count == 1) and self.peers.any(stopped.is_set(), self.device)
+                for row in self.readback.rows(wait=bool(save or draw or stop or done == self.steps)):
+                    self._log(run, log, row, bar)
+                if save:
                     self._save(run)
-                if config.image_every and done % config.image_every == 0 and done < self.steps:
+                if draw:
                     self._picture(run, f"step_{done:08d}.png")
-                if stopped.is_set() and done < self.steps:
+                if stop and done < self.steps:
                     self._save(run)
                     raise InterruptedRunError(
                         f"stopped after step {done} of {self.steps}, state saved: "
                         f"go on with introvae fit --resume {run.folder}"
                     )
         self._save(run)
-        self._picture(run, "final.png")
-        self.averaged_model().save_pretrained(run.model_folder)
+        if self.peers.first:
+            self._picture(run, "final.png")
+            self.averaged_model().save_pretrained(run.model_folder)
+        self.peers.wait()
         return run
 
     def averaged_model(self) -> IntrospectiveVAE:
         """The model with averaged weights, in evaluation mode."""
-        model: IntrospectiveVAE = self.average.module  # pyright: ignore[reportAssignmentType]
-        return model.eval()
+        return self.average.model.eval()
 
-    def _one_step(self) -> dict[str, Any] | None:
-        """Train on the next batch; the line for the log where one is due."""
+    def _one_step(self) -> bool:
+        """Train on the next batch; whether a line of the log came of it."""
         started = time.perf_counter()
         config, index = self.config, self.step_index
         warming = index < config.warmup.steps
-        x = self.batches.next(self.device)
-        noise = Noise.draw(len(x), self.model.latent_dim, self.noise, self.device)
+        x, noise = self.feed.next()
         values = self.controller.update(index)
         lr = config.lr_at(index, self.steps)
         self.step.set_lr(lr)
@@ -154,22 +208,23 @@ class Trainer:
         due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
         fakes = self._fakes(x, noise) if due and (warming or not config.objective.adversarial) else {}
         record = self.step(x, noise, values, warming=warming)
-        self.average.update_parameters(self.model)
+        self.average.update(self.model)
         self.step_index += 1
-        if not due:
-            self.seconds += time.perf_counter() - started
-            return None
-        numbers = {name: value.item() for name, value in {**record, **fakes}.items()}
+        if due:
+            self.readback.put(
+                {
+                    "step": self.step_index,
+                    "samples_seen": self.step_index * config.batch_size,
+                    "seconds": round(self.seconds + time.perf_counter() - started, 3),
+                    "seconds_waited": round(self.feed.seconds_waited, 3),
+                    "phase": "warmup" if warming else "train",
+                    "lr": lr,
+                },
+                {**record, **fakes},
+                self.controller.plain(),
+            )
         self.seconds += time.perf_counter() - started
-        return {
-            "step": self.step_index,
-            "samples_seen": self.step_index * config.batch_size,
-            "seconds": round(self.seconds, 3),
-            "phase": "warmup" if warming else "train",
-            "lr": lr,
-            **numbers,
-            **self.controller.plain(),
-        }
+        return due
 
     @torch.no_grad()
     def _fakes(self, x: Tensor, noise: Noise) -> dict[str, Tensor]:
@@ -198,13 +253,15 @@ class Trainer:
         )
 
     def _picture(self, run: Run, name: str) -> None:
-        preview(self.averaged_model(), self.data, run.images / name)
+        if self.peers.first:
+            preview(self.averaged_model(), self.data, run.images / name)
 
     def _save(self, run: Run) -> None:
-        weights = [*self.model.parameters(), *self.average.parameters()]
+        weights = [*self.model.parameters(), *self.average.model.parameters()]
         if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
             raise self._diverged(run, "the weights are")
-        save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
+        if self.peers.first:
+            save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain values."""
@@ -212,9 +269,9 @@ class Trainer:
             "players": self.step.state_dict(),
             "average": self.average.state_dict(),
             "controller": self.controller.state_dict(),
-            "batches": self.batches.state_dict(),
-            "noise": self.noise.get_state(),
+            **self.feed.state_dict(),
             "seconds": self.seconds,
+            "seconds_waited": self.feed.seconds_waited,
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -231,9 +288,9 @@ class Trainer:
             self.step.load_state_dict(state["players"])
             self.average.load_state_dict(state["average"])
             self.controller.load_state_dict(state["controller"])
-            self.batches.load_state_dict(state["batches"])
-            self.noise.set_state(state["noise"].cpu())
+            self.feed.load_state_dict(state)
             self.step_index, self.seconds = state["step"], state["seconds"]
+            self.feed.seconds_waited = state.get("seconds_waited", 0.0)
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -281,6 +338,43 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
     return dataclasses.replace(
         config, objective=objective, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
     )
+
+
+def load_once(config: FitConfig, peers: Alone) -> Data:
+    """The data; the first process reads them, the others then find them in the cache."""
+    if not peers.first:
+        peers.wait()
+    data = load_data(config.data, config)
+    if peers.first:
+        peers.wait()
+    return data
+
+
+def share_statistics(model: IntrospectiveVAE, peers: Alone) -> None:
+    """Let batch normalisations, where the model has any, see the samples of all processes.
+
+    Raises:
+        ConfigError: on the CPU, where torch has none that do.
+    """
+    batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if peers.count == 1 or not batch_norms:
+        return
+    if model.device.type != "cuda":
+        raise ConfigError("norm 'batch' sees one process' samples only on the CPU: take --network_options.norm layer")
+    model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
+    model.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.decoder)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has a compiler for the device; where not, it is said."""
+    logging.getLogger("torch._inductor").setLevel(logging.CRITICAL)
+    try:
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # it has no common base of errors
+        reason = str(error).strip().splitlines()[0]
+        log.info("no compiler (%s): training goes on without; install a C++ compiler for --compile inductor", reason)
+        return False
+    return True
 
 
 def pick_device(name: str) -> torch.device:

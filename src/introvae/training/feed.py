@@ -1,0 +1,129 @@
+"""What each step is given, made ready one step ahead."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from introvae.data.arrays import to_float
+from introvae.step import Noise
+
+AHEAD = 2
+"""How many steps' inputs wait at most."""
+
+
+class Batches(Protocol):
+    """An endless stream of batches."""
+
+    def stored(self) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Inputs(NamedTuple):
+    """A batch `x: [N, ...]` as float32 and the step's noise, on the device."""
+
+    x: Tensor
+    noise: Noise
+
+
+class Feed:
+    """Batches and noise for the steps, read and drawn by a thread of its own while the device computes.
+
+    Every process draws the noise of the whole batch and keeps its rows: what a sample gets depends neither on the
+    number of processes nor on the device. The state is that of the last batch that was given out.
+
+    Arguments:
+        batches: where whole batches come from, on the CPU; images as uint8.
+        latent_dim: Z.
+        seed: of the noise.
+        device: where the steps compute.
+        rows: this process' share of every batch.
+        flip: mirror every image with probability 1/2.
+    """
+
+    def __init__(
+        self, batches: Batches, latent_dim: int, seed: int, device: torch.device, rows: slice, flip: bool = False
+    ) -> None:
+        self.batches, self.latent_dim, self.device, self.rows, self.flip = batches, latent_dim, device, rows, flip
+        self.noise = torch.Generator().manual_seed(seed)  # on the CPU: any device can go on
+        self.seconds_waited = 0.0
+        self._state = self._now()
+        self._ready: queue.Queue[tuple[Any, ...]] | None = None
+
+    def __enter__(self) -> Feed:
+        self._ready, self._stop = queue.Queue(AHEAD), threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(self._ready, self._stop), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            if self._ready is not None and not self._ready.empty():
+                self._ready.get()
+            self._thread.join(0.01)
+        self._ready = None
+        self.load_state_dict(self._state)  # what was read ahead is read again, should it go on
+
+    def next(self) -> Inputs:
+        """The next step's inputs."""
+        started = time.perf_counter()
+        found = self._make() if self._ready is None else self._ready.get()
+        self.seconds_waited += time.perf_counter() - started
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        (x, noise, flipped), self._state = found
+        # From pinned memory the copies to a GPU run beside the host's work.
+        x = to_float(x.to(self.device, non_blocking=True))
+        if flipped is not None:
+            flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
+            x = torch.where(flipped, x.flip(3), x)
+        return Inputs(x, Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)))
+
+    def _make(self) -> tuple[Any, ...]:
+        x = self.batches.stored()
+        noise = Noise.draw(len(x), self.latent_dim, self.noise).rows(self.rows)
+        flipped = None
+        if self.flip:
+            flipped = (torch.rand(len(x), generator=self.noise) < 0.5)[self.rows]
+        x = x[self.rows]
+        if self.device.type == "cuda":
+            x, noise = x.pin_memory(), Noise(*(draws.pin_memory() for draws in noise))
+        return (x, noise, flipped), self._now()
+
+    def _work(self, ready: queue.Queue[tuple[Any, ...]], stop: threading.Event) -> None:
+        torch.set_num_threads(1)  # of this thread only: it must not take the cores from the step
+        while not stop.is_set():
+            try:
+                found = self._make()
+            except BaseException as error:
+                found = (error,)
+            ready.put(found)
+            if len(found) == 1:
+                return
+
+    def _now(self) -> dict[str, Any]:
+        return {"batches": self.batches.state_dict(), "noise": self.noise.get_state()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where batches and noise are."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; not while the thread runs.
+
+        Raises:
+            DataError: the data are not the ones the state is of.
+        """
+        self.batches.load_state_dict(state["batches"])
+        self.noise.set_state(state["noise"].cpu())
+        self._state = self._now()
