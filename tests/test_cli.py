@@ -190,7 +190,11 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
 
 
 def test_the_log_has_a_line_every_so_often_and_at_the_end(digits: Run) -> None:
-    rows = [json.loads(line) for line in digits.log_path.read_text().splitlines()]
+    start, *rows = [json.loads(line) for line in digits.log_path.read_text().splitlines()]
+    assert start["event"] == "start"
+    assert start["device"] in ("cpu", "cuda:0", "mps")
+    assert start["precision"] in ("float32", "tf32", "bf16")
+    assert (start["step"], start["processes"], start["compile"]) == (0, 1, "none")
     assert [row["step"] for row in rows] == [2, 3]
     assert [row["samples_seen"] for row in rows] == [128, 192]
     for name in ("seconds", "phase", "lr", "rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg"):

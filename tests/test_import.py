@@ -41,6 +41,7 @@ LAYERS = [
     {"measures", "report"},
     {"evaluation", "exchange"},
     {"cli"},
+    {"__main__"},
 ]
 """From the bottom to the top: a module imports from lower layers and from its own folder, never sideways or up."""
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}

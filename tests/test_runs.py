@@ -108,10 +108,10 @@ def assert_same_run(found: Run, expected: Run) -> None:
 
 
 def rows(folder: Path) -> list[Row]:
-    """The complete lines of a log that another process writes."""
+    """The complete lines about steps of a log that another process writes."""
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in lines if line.endswith("\n") and '"event"' not in line]
 
 
 def stop(words: Sequence[str], folder: Path, when: Callable[[Row], bool], number: signal.Signals) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from introvae.errors import ConfigError, DataError, IntrovaeError
+from introvae.machine import speaks
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -44,6 +45,7 @@ FIT_EXAMPLE = """example:
   introvae fit --data FOLDER --size 64 --fit crop --out runs/mine
   introvae fit --data wine.csv --drop id,name --out runs/wine
   introvae fit --resume runs/mine
+  accelerate launch -m introvae fit --data FOLDER --batch_size 256      (on several GPUs)
 
 --data: a folder of images (sub-folders are classes) or of NIfTI scans, a .parquet file or a folder of them, a .npy or
 .npz file, a .csv table, owner/name on the hub, digits, density:8gaussians|2spirals|checkerboard|rings.
@@ -71,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _speaking() -> Iterator[None]:
     """What the package has to say goes to standard output, as plain lines."""
-    log, handler = logging.getLogger("introvae"), logging.StreamHandler(sys.stdout)
+    log = logging.getLogger("introvae")
+    handler = logging.StreamHandler(sys.stdout) if speaks() else logging.NullHandler()
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -134,6 +137,8 @@ def _fit(words: list[str]) -> None:
         if own.dry_run:
             return _show(Trainer(config))
         run = fit(config, progress=not own.quiet)
+    if not speaks():  # of processes that trained together, the first measures and tells
+        return None
     print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
     return _report(run) if own.evaluate else None
 

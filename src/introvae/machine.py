@@ -65,6 +65,16 @@ def memory_bytes() -> int | None:
         return None
 
 
+def launched() -> bool:
+    """Whether a launcher (accelerate launch, torchrun) started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
+
+
+def speaks() -> bool:
+    """Whether this process is the one that speaks: the only one or the first of those launched together."""
+    return not launched() or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
     """Let this process reuse freed memory instead of giving it back to the system, where the C library is glibc.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from introvae.errors import ConfigError
+from introvae.machine import launched
 
 T = TypeVar("T")
 
@@ -117,16 +117,6 @@ class Peers(Alone):
 
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def speaks() -> bool:
-    """Whether this process is the one that speaks: the only one or the first."""
-    return not launched() or os.environ.get("RANK", "0") == "0"
 
 
 @cache

@@ -155,6 +155,8 @@ class Trainer:
             mininterval=0.5,
         )
         self.peers.copy_first(self.model)
+        if self.peers.first:
+            run.log_event("start", step=self.step_index, **self.machine())
         if self.step_index == 0:
             self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
             known = isinstance(self.data, ArrayData) and self.data.intake is not None
@@ -162,7 +164,7 @@ class Trainer:
                 run.log_event("data", step=0, **self.data.intake.to_dict())  # pyright: ignore
         with ExitStack() as stack:
             stack.enter_context(bar)
-            log = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
+            lines = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
             stopped = stack.enter_context(_stop_on_signal())
             stack.enter_context(self.feed)
             while self.step_index < self.steps:
@@ -173,7 +175,7 @@ class Trainer:
                 draw = config.image_every and done % config.image_every == 0 and done < self.steps
                 stop = (due or self.peers.count == 1) and self.peers.any(stopped.is_set(), self.device)
                 for row in self.readback.rows(wait=bool(save or draw or stop or done == self.steps)):
-                    self._log(run, log, row, bar)
+                    self._log(run, lines, row, bar)
                 if save:
                     self._save(run)
                 if draw:
@@ -190,6 +192,12 @@ class Trainer:
             self.averaged_model().save_pretrained(run.model_folder)
         self.peers.wait()
         return run
+
+    def machine(self) -> dict[str, Any]:
+        """What the steps are computed on, and how."""
+        count = self.peers.count
+        facts = {"device": str(self.device), "precision": self.precision, "compile": self.config.compile}
+        return {**facts, "processes": count, "threads": torch.get_num_threads()}
 
     def averaged_model(self) -> IntrospectiveVAE:
         """The model with averaged weights, in evaluation mode."""
@@ -236,11 +244,11 @@ class Trainer:
         self.model.train()
         return kls
 
-    def _log(self, run: Run, log: Any, row: dict[str, Any], bar: Any) -> None:
+    def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
             raise self._diverged(run, "the losses are")
-        log.write(json.dumps(row) + "\n")
-        log.flush()
+        lines.write(json.dumps(row) + "\n")
+        lines.flush()
         shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
         bar.set_postfix({title: f"{row[name]:.3g}" for name, title in shown.items()}, refresh=False)
 
