@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo faces test check clean
+.PHONY: demo faces test check bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -30,6 +30,11 @@ check: $(VENV)/.ready
 # Two processes with one thread each: faster than one with two, and the same on any number of cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# Times a step against the papers' pseudo-code, and the loop around it; let nothing else run.
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/step.py --json docs/results/step.json
+	$(BIN)/python benchmarks/loop.py --json docs/results/loop.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage

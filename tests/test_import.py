@@ -31,8 +31,10 @@ HEAVY = {
 }
 
 LAYERS = [
-    {"errors", "files", "machine"},
-    {"extras", "precision", "parallel"},
+    {"errors", "files"},
+    {"precision"},
+    {"machine"},
+    {"extras", "parallel"},
     {"gaussian", "networks", "data", "metrics", "pictures"},
     {"objectives", "model"},
     {"step"},

@@ -101,7 +101,8 @@ def _run(words: list[str]) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"introvae: {' '.join(message.split())}", file=sys.stderr)
+    name = "introvae" if speaks() else f"introvae, process {os.environ.get('RANK')}"
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -40,10 +40,13 @@ def hardware() -> list[tuple[str, str]]:
     """Processor, memory and accelerators."""
     import torch
 
+    from introvae.precision import multiplies_bf16
+
     found = [
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("processor", f"{_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
         ("vector instructions", torch.backends.cpu.get_cpu_capability()),
+        ("bf16", "in hardware" if multiplies_bf16(torch.device("cpu")) else "not in hardware"),
     ]
     if (memory := memory_bytes()) is not None:
         found.append(("memory", f"{memory / 2**30:.0f} GiB"))

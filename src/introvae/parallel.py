@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar
@@ -76,6 +77,7 @@ class Peers(Alone):
 
         self.state = PartialState(cpu=cpu)
         self.index, self.count = self.state.process_index, self.state.num_processes
+        atexit.register(self.state.destroy_process_group)
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from introvae.errors import ConfigError, one_of
 
@@ -16,6 +16,12 @@ PRECISIONS = ("auto", "float32", "tf32", "bf16")
 def wide(x: Tensor) -> Tensor:
     """float32 for the half-width formats, others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` in float32, also where autocast is on: for the few numbers that a posterior is made of."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(wide(x))
 
 
 def pick_precision(name: str, device: torch.device, shape: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from introvae.errors import ConfigError, not_negative, one_of, positive, unknown, whole
 from introvae.networks.blocks import NORMS, ResidualBlock, Stages, activated, make_norm
-from introvae.precision import wide
+from introvae.precision import unrounded, wide
 
 WIDTHS = (64, 128, 256, 512, 512, 512)
 """Published channels from the largest resolution to the smallest (28 px: the first two, 32 px: three, 256 px: all)."""
@@ -44,9 +44,9 @@ class ConvEncoder(Stages):
         h = self.stage(self._first, x)
         for block in self.blocks:
             h = self.stage(lambda h, block=block: block(F.avg_pool2d(h, 2)), h)
-        mean, logvar = self.head(h.flatten(1)).chunk(2, dim=1)
+        mean, logvar = unrounded(self.head, h.flatten(1)).chunk(2, dim=1)
         if self.coarse is not None:
-            mean = mean + self.coarse(F.adaptive_avg_pool2d(x, self.side).flatten(1) - 0.5)
+            mean = mean + unrounded(self.coarse, F.adaptive_avg_pool2d(x, self.side).flatten(1) - 0.5)
         return mean, logvar
 
     def _first(self, x: Tensor) -> Tensor:

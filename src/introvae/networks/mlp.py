@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from introvae.errors import positive
-from introvae.precision import wide
+from introvae.precision import unrounded, wide
 
 
 class MLPEncoder(nn.Module):
@@ -19,7 +19,7 @@ class MLPEncoder(nn.Module):
         self.layers = _mlp(math.prod(shape), hidden, depth, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.layers(x.flatten(1)).chunk(2, dim=1)
+        mean, logvar = unrounded(self.layers[-1], self.layers[:-1](x.flatten(1))).chunk(2, dim=1)
         return mean, logvar
 
 

@@ -39,7 +39,7 @@ class FitConfig(DataOptions):
         network_options: settings of the network, such as --network_options.channels "[32, 64]".
         latent_dim: dimensions of the latent space; by default that of vectors, 32 for grey images up to 32 pixels, 128
             for others.
-        batch_size: samples in a step.
+        batch_size: samples in a step, over all processes.
         steps: length of the run, warm-up included (default 10,000).
         epochs: its length in passes over the training part, instead of steps.
         lr: Adam's learning rate of both players.

@@ -74,9 +74,14 @@ def fit(
     trainer = Trainer(config, data)
     peers = trainer.peers
     folder = peers.tell(Path(config.out) if config.out else default_folder(config))
+    problem = None
     if peers.first:
-        Run.create(folder, trainer.config)
-    peers.wait()
+        try:
+            Run.create(folder, trainer.config)
+        except RunError as error:
+            problem = error
+    if (problem := peers.tell(problem)) is not None:
+        raise problem
     return trainer.train(Run(folder), progress)
 
 

@@ -97,6 +97,7 @@ class Trainer:
             use_gradient_checkpointing(self.model.decoder)
         if config.flip and len(self.data.shape) != 3:
             raise ConfigError(f"flip mirrors images, {self.data.name} has vectors: leave it out")
+        self.compile = config.compile
         self.step = self._make_step()
         self.controller = Controller(config.objective, config.warmup.steps, self.steps, self.device)
         batches = self.data.batches(config.batch_size, config.seed)
@@ -105,9 +106,10 @@ class Trainer:
         self.step_index, self.seconds = 0, 0.0
 
     def _make_step(self) -> Step:
-        config = self.config
-        captured = config.compile == "cudagraph"
-        if config.compile == "inductor" and can_compile(self.device):
+        config, captured = self.config, self.compile == "cudagraph"
+        if self.compile == "inductor" and not can_compile(self.device):
+            self.compile = "none"
+        elif self.compile == "inductor":
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
         step = IntrospectiveStep(
@@ -135,6 +137,8 @@ class Trainer:
                 stack.enter_context(float32_multiplications(tf32=self.precision != "float32"))
                 if self.device.type == "cpu":
                     stack.enter_context(keep_freed_memory())
+                elif self.device.type == "cuda":
+                    torch.backends.cudnn.benchmark = True  # batches are all of one size
                 return self._train(run, progress)
         except OSError as error:
             raise RunError(
@@ -196,7 +200,7 @@ class Trainer:
     def machine(self) -> dict[str, Any]:
         """What the steps are computed on, and how."""
         count = self.peers.count
-        facts = {"device": str(self.device), "precision": self.precision, "compile": self.config.compile}
+        facts = {"device": str(self.device), "precision": self.precision, "compile": self.compile}
         return {**facts, "processes": count, "threads": torch.get_num_threads()}
 
     def averaged_model(self) -> IntrospectiveVAE:
@@ -374,7 +378,10 @@ def share_statistics(model: IntrospectiveVAE, peers: Alone) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has a compiler for the device; where not, it is said."""
+    """Whether torch.compile has a compiler for the device; where not, it is said.
+
+    What it finds that it cannot compile runs as it is.
+    """
     logging.getLogger("torch._inductor").setLevel(logging.CRITICAL)
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
@@ -382,6 +389,7 @@ def can_compile(device: torch.device) -> bool:
         reason = str(error).strip().splitlines()[0]
         log.info("no compiler (%s): training goes on without; install a C++ compiler for --compile inductor", reason)
         return False
+    torch._dynamo.config.suppress_errors = True
     return True
 
 
