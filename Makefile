@@ -29,7 +29,7 @@ check: $(VENV)/.ready
 
 # Two processes with one thread each: faster than one with two, and the same on any number of cores.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # Times a step against the papers' pseudo-code, and the loop around it; let nothing else run.
 bench: $(VENV)/.ready

@@ -175,8 +175,20 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
     assert report["data"] == "digits"
     assert report["steps"] == 3
     assert set(report) == {
-        *("run", "data", "objective", "seed", "steps", "training_seconds", "picture", "metrics", "train", "heldout"),
-        *("pictures", "page", "worst", "kl_nats_per_dimension"),
+        *(
+            "run",
+            "data",
+            "objective",
+            "seed",
+            "steps",
+            "training_seconds",
+            "machine",
+            "picture",
+            "metrics",
+            "train",
+            "heldout",
+        ),
+        *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension"),
     }
     assert set(report["metrics"]) == {
         *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),

@@ -131,12 +131,14 @@ def _fit(words: list[str]) -> None:
             raise ConfigError("a resumed run keeps its settings: give --resume without --recipe")
         wanted = settings.parse_config(rest, [started.config_path], resuming=True)
         if own.dry_run:
-            return _show(resumable(started, wanted))
+            trainer = resumable(started, wanted)
+            return _show(trainer) if speaks() else None
         run = resume_fit(own.resume, wanted, progress=not own.quiet)
     else:
         config = settings.parse_config(rest, _recipe(own.recipe, rest))
         if own.dry_run:
-            return _show(Trainer(config))
+            trainer = Trainer(config)
+            return _show(trainer) if speaks() else None
         run = fit(config, progress=not own.quiet)
     if not speaks():  # of processes that trained together, the first measures and tells
         return None

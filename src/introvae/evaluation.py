@@ -75,7 +75,7 @@ def evaluate(
     suffix = "" if _same(loaded.name, config.data) else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
     before = json.loads(path.read_text(encoding="utf-8"))["metrics"] if metrics and path.is_file() else {}
-    rows = run.log()
+    rows, starts = run.log(), run.events("start")
     report: dict[str, Any] = {
         "run": str(run.folder),
         "data": loaded.name,
@@ -83,6 +83,7 @@ def evaluate(
         "seed": config.seed,
         "steps": config.steps,
         "training_seconds": rows[-1]["seconds"] if rows else None,
+        "machine": {name: fact for name, fact in starts[-1].items() if name not in ("event", "step")} if starts else {},
         "page": path.with_suffix(".html").name,
         "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }

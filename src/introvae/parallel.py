@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import ConfigError
+from introvae.errors import ConfigError, IntrovaeError
 from introvae.machine import launched
 
 T = TypeVar("T")
@@ -33,10 +33,9 @@ class Alone:
             ConfigError: n is no multiple of the number of processes.
         """
         if n % self.count:
-            raise ConfigError(
-                f"batch_size {n} is no multiple of the {self.count} processes: take {max(1, n // self.count)} or "
-                f"{n // self.count + 1} samples for each, {self.count * (n // self.count + 1)} in all"
-            )
+            above = self.count * (n // self.count + 1)
+            nearest = f"{above - self.count} or {above}" if n > self.count else f"{above}"
+            raise ConfigError(f"batch_size {n} is no multiple of the {self.count} processes: take {nearest}")
         share = n // self.count
         return slice(self.index * share, (self.index + 1) * share)
 
@@ -54,6 +53,22 @@ class Alone:
     def tell(self, value: T) -> T:
         """The first process' value (anything that can be pickled), for all."""
         return value
+
+    def first_does(self, work: Callable[[], T]) -> T | None:
+        """Let the first process do what the others then rely on; its result there, None in the others.
+
+        Raises:
+            IntrovaeError: the first process met it; all raise it, so that none is left waiting.
+        """
+        result, problem = None, None
+        if self.first:
+            try:
+                result = work()
+            except IntrovaeError as error:
+                problem = error
+        if (problem := self.tell(problem)) is not None:
+            raise problem
+        return result
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
@@ -82,7 +97,8 @@ class Peers(Alone):
     @property
     def device(self) -> torch.device:
         """The device that belongs to this process."""
-        return torch.device(self.state.device or "cpu")
+        device = torch.device(self.state.device or "cpu")
+        return torch.device("cpu") if device.type == "cpu" else device  # torch.load knows no "cpu:0"
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         import torch.distributed as dist
@@ -95,9 +111,8 @@ class Peers(Alone):
             tensor.detach().copy_(part.view(tensor.shape))
 
     def gather(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(all_gather(x.contiguous()))
+        found: Tensor = _Gather.apply(x, self.index, self.count)  # pyright: ignore[reportAssignmentType]
+        return found
 
     def any(self, flag: bool, device: torch.device) -> bool:
         flags = torch.tensor([float(flag)], device=device)
@@ -119,6 +134,27 @@ class Peers(Alone):
 
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; backwards, the sum of what all processes' losses say of this one's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: int, count: int) -> Tensor:
+        import torch.distributed as dist
+
+        ctx.rows = slice(index * len(x), (index + 1) * len(x))
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(count)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        import torch.distributed as dist
+
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows], None, None
 
 
 @cache

@@ -74,14 +74,7 @@ def fit(
     trainer = Trainer(config, data)
     peers = trainer.peers
     folder = peers.tell(Path(config.out) if config.out else default_folder(config))
-    problem = None
-    if peers.first:
-        try:
-            Run.create(folder, trainer.config)
-        except RunError as error:
-            problem = error
-    if (problem := peers.tell(problem)) is not None:
-        raise problem
+    peers.first_does(lambda: Run.create(folder, trainer.config))
     return trainer.train(Run(folder), progress)
 
 

@@ -354,12 +354,8 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
 
 def load_once(config: FitConfig, peers: Alone) -> Data:
     """The data; the first process reads them, the others then find them in the cache."""
-    if not peers.first:
-        peers.wait()
-    data = load_data(config.data, config)
-    if peers.first:
-        peers.wait()
-    return data
+    data = peers.first_does(lambda: load_data(config.data, config))
+    return load_data(config.data, config) if data is None else data
 
 
 def share_statistics(model: IntrospectiveVAE, peers: Alone) -> None:
