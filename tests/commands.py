@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from introvae.cli import main
 
 REMEDY = re.compile(
-    r"\b(choose|give|lower|raise|resume|remove|resize|convert|use|start|finish|train|restore|update|scale|fill|must|"
+    r"\b(choose|give|take|lower|raise|resume|remove|resize|convert|use|start|finish|train|restore|update|scale|fill|must|"
     r"leave|see introvae|made by|go on|takes)\b"
 )
 """Words with which a message says what to do, or what is possible."""

@@ -166,26 +166,32 @@ def test_a_cpu_multiplies_bf16_with_either_unit(monkeypatch, avx512: bool, amx: 
 
 
 def tf32_flags() -> tuple[Any, Any]:
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
 
-@pytest.mark.parametrize("before", [(False, True), (True, False)])
+NAMES = pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has only allow_tf32"
+)
+
+
+@NAMES
+@pytest.mark.parametrize("before", [("none", "tf32"), ("tf32", "ieee")])
 @pytest.mark.parametrize("tf32", [True, False])
-def test_float32_multiplications_are_restored(before: tuple[bool, bool], tf32: bool) -> None:
+def test_float32_multiplications_are_restored(before: tuple[str, str], tf32: bool) -> None:
     found = tf32_flags()
     try:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
         with float32_multiplications(tf32):
-            assert tf32_flags() == (tf32, tf32)
+            assert tf32_flags() == (("tf32", "tf32") if tf32 else ("ieee", "ieee"))
         assert tf32_flags() == before
         with pytest.raises(KeyError), float32_multiplications(tf32):
             raise KeyError
         assert tf32_flags() == before
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = found
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = found
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has only allow_tf32")
+@NAMES
 def test_a_user_s_choice_by_torch_s_newer_names_is_no_obstacle() -> None:
     """In a process of its own: torch cannot go back to where the newer names were not used."""
     code = """

@@ -14,7 +14,7 @@ from commands import Command, Refused, one_line
 from introvae import VAE, ConfigError, FitConfig, Run, RunError, SoftIntroVAE, fit, load_data
 from introvae.capture import CapturedStep
 from introvae.step import IntrospectiveStep
-from introvae.training.fit import MACHINES
+from introvae.training.fit import MACHINES, config_for
 from introvae.training.loop import Trainer, can_compile
 
 PLANE = ("fit", "--data", "density:rings", "--network", "tiny-mlp", "--recipe", "none", "--steps", 2, "--quiet")
@@ -52,7 +52,7 @@ def test_unknown_names_are_refused_with_the_choices(
 ) -> None:
     message = f"unknown {setting} 'nope': choose one of {choices}"
     with pytest.raises(ConfigError, match=message):
-        FitConfig(**{setting: "nope"})
+        config_for("none", {setting: "nope"})
     err = refused(*PLANE, f"--{setting}", "nope", "--out", tmp_path / "run")
     assert message in err
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from introvae.errors import ConfigError
+from introvae.errors import ConfigError, first_line
 from introvae.objectives import Objective, Values
 from introvae.step import IntrospectiveStep, Noise
 
@@ -102,7 +102,7 @@ class CapturedStep:
         try:
             kind.play, kind.record = self._capture(lambda: self.step(kind.inputs["x"], noise, values, warming=warming))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             log.info("CUDA graphs cannot record this step (%s): it goes on without", reason)
             self._failed = True
             for optimizer in (self.step.encoder_optimizer, self.step.decoder_optimizer):
@@ -152,6 +152,7 @@ def _side_stream() -> _SideStream:
 
 def _capture(run: Callable[[], Record]) -> tuple[Callable[[], None], Record]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Only this thread's calls count: another one pins the memory of the next inputs meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         record = run()
     return graph.replay, record

@@ -54,6 +54,12 @@ def unknown(kind: str, name: object, choices: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}: choose one of {', '.join(choices)}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def positive(**settings: float) -> None:
     """Raise `ConfigError` unless every given setting is a finite number above zero."""
     for name, value in settings.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import CheckpointError, ConfigError, DataError, positive
+from introvae.errors import CheckpointError, ConfigError, DataError, first_line, positive
 from introvae.files import write_atomically
 from introvae.gaussian import DiagonalGaussian
 from introvae.networks import build_network, network_for
@@ -265,7 +265,7 @@ def _fetch(source: str | Path, revision: str | None) -> Path:
         files = ["config.json", "model.safetensors"]
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"no model folder at {source}, and the hub does not give it: {reason}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ def wide(x: Tensor) -> Tensor:
 
 def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` in float32, also where autocast is on: for the few numbers that a posterior is made of."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return layer(wide(x))
     with torch.autocast(x.device.type, enabled=False):
         return layer(wide(x))
 
@@ -66,9 +69,17 @@ def multiplies_bf16(device: torch.device) -> bool:
 @contextmanager
 def float32_multiplications(tf32: bool) -> Iterator[None]:
     """Let NVIDIA GPUs multiply float32 with TF32's 10 bits, or not; other devices do not care."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
+        owners: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore
+    else:  # torch 2.8 and older; the newer one cannot be read by these names once the others were used
+        name, value = "allow_tf32", tf32
+        owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [getattr(owner, name) for owner in owners]
+    for owner in owners:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for owner, found in zip(owners, before, strict=True):
+            setattr(owner, name, found)

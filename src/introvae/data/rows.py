@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from introvae.data.options import DataOptions
-from introvae.data.sources import HELDOUT_SPLITS, SPLIT_WORDS, File, Files, Item, first_line, parquet_files
-from introvae.errors import ConfigError, DataError
+from introvae.data.sources import HELDOUT_SPLITS, SPLIT_WORDS, File, Files, Item, parquet_files
+from introvae.errors import ConfigError, DataError, first_line
 
 LABEL_COLUMNS = ("label", "target", "class")
 

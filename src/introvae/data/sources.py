@@ -240,12 +240,6 @@ def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
     return found
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 @contextmanager
 def opened(item: Item, options: DataOptions) -> Iterator[Iterator[tuple[str, Image.Image]]]:
     """The named pictures of an item, read when asked for: one of an image, one for each slice of a scan.

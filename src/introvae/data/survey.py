@@ -21,8 +21,8 @@ from introvae.data.preparation import (
     window_of,
 )
 from introvae.data.scans import is_scan, scan_size
-from introvae.data.sources import FolderSource, Item, Source, first_line, opened
-from introvae.errors import DataError, MissingExtraError
+from introvae.data.sources import FolderSource, Item, Source, opened
+from introvae.errors import DataError, MissingExtraError, first_line
 
 COLOUR_SHARE = 0.01
 """With no more colour pictures than this share, all become grey: a few strays must not treble the cost of the rest."""

@@ -13,8 +13,7 @@ from torch import Tensor
 from introvae.data.arrays import ArrayData, Intake, Part, heldout_rows
 from introvae.data.options import DataOptions
 from introvae.data.rows import label_column
-from introvae.data.sources import first_line
-from introvae.errors import CheckpointError, ConfigError, DataError
+from introvae.errors import CheckpointError, ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame

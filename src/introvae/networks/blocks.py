@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,26 @@ def activated(norm: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
     return F.leaky_relu_(h if skip is None else h.add_(skip.permute(0, 2, 3, 1)), 0.2).permute(0, 3, 1, 2)
 
 
+class _Still:
+    """Leaves the running statistics of batch normalisations alone: what is computed again has been counted.
+
+    A class, since a backward pass that keeps its graph enters it once more.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.before = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 class Stages(nn.Module):
     """Base of networks that can forget what is inside their stages and compute it again in the backward pass.
 
@@ -61,7 +82,10 @@ class Stages(nn.Module):
     def stage(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`compute(x)`, kept or forgotten."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+            again = lambda: (nullcontext(), _Still(self))  # noqa: E731
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                compute, x, use_reentrant=False, preserve_rng_state=False, context_fn=again
+            )
         return compute(x)
 
 

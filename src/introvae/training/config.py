@@ -55,7 +55,7 @@ class FitConfig(DataOptions):
         checkpoint_every: steps between two checkpoints; 0 for only one at the end.
         device: auto, cpu, cuda, cuda:1, mps ...
         precision: auto (bf16 for images where the hardware multiplies in it, else float32, on NVIDIA GPUs with TF32),
-            float32, tf32 or bf16; vectors stay float32.
+            float32, tf32 or bf16. auto keeps vectors in float32.
         compile: none, cudagraph (a step as one launch, on NVIDIA GPUs) or inductor (torch.compile of both networks).
         gradient_checkpointing: keep only the inputs of the networks' stages and compute the rest again in the backward
             pass: about a third more time, a fraction of the memory.

@@ -58,9 +58,10 @@ class Feed:
         self.seconds_waited = 0.0
         self._state = self._now()
         self._ready: queue.Queue[tuple[Any, ...]] | None = None
+        self._error: BaseException | None = None
 
     def __enter__(self) -> Feed:
-        self._ready, self._stop = queue.Queue(AHEAD), threading.Event()
+        self._ready, self._stop, self._error = queue.Queue(AHEAD), threading.Event(), None
         self._thread = threading.Thread(target=self._work, args=(self._ready, self._stop), daemon=True)
         self._thread.start()
         return self
@@ -71,15 +72,18 @@ class Feed:
             if self._ready is not None and not self._ready.empty():
                 self._ready.get()
             self._thread.join(0.01)
-        self._ready = None
+        self._ready = self._error = None
         self.load_state_dict(self._state)  # what was read ahead is read again, should it go on
 
     def next(self) -> Inputs:
         """The next step's inputs."""
+        if self._error is not None:
+            raise self._error
         started = time.perf_counter()
         found = self._make() if self._ready is None else self._ready.get()
         self.seconds_waited += time.perf_counter() - started
         if isinstance(found[0], BaseException):
+            self._error = found[0]
             raise found[0]
         (x, noise, flipped), self._state = found
         # From pinned memory the copies to a GPU run beside the host's work.

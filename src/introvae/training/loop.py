@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from introvae.capture import CapturedStep
 from introvae.data import ArrayData, Data, load_data
-from introvae.errors import CheckpointError, ConfigError, DataError, DivergedError, InterruptedRunError, RunError
+from introvae.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    InterruptedRunError,
+    RunError,
+    first_line,
+)
 from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.networks import use_gradient_checkpointing
@@ -137,8 +145,9 @@ class Trainer:
                 stack.enter_context(float32_multiplications(tf32=self.precision != "float32"))
                 if self.device.type == "cpu":
                     stack.enter_context(keep_freed_memory())
-                elif self.device.type == "cuda":
-                    torch.backends.cudnn.benchmark = True  # batches are all of one size
+                before = torch.backends.cudnn.benchmark
+                torch.backends.cudnn.benchmark = True  # batches are all of one size
+                stack.callback(setattr, torch.backends.cudnn, "benchmark", before)
                 return self._train(run, progress)
         except OSError as error:
             raise RunError(
@@ -378,13 +387,17 @@ def can_compile(device: torch.device) -> bool:
 
     What it finds that it cannot compile runs as it is.
     """
-    logging.getLogger("torch._inductor").setLevel(logging.CRITICAL)
+    said = logging.getLogger("torch._inductor")
+    before = said.level
+    said.setLevel(logging.CRITICAL)
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
     except Exception as error:  # it has no common base of errors
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         log.info("no compiler (%s): training goes on without; install a C++ compiler for --compile inductor", reason)
         return False
+    finally:
+        said.setLevel(before)
     torch._dynamo.config.suppress_errors = True
     return True
 
@@ -402,7 +415,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"device {name!r} cannot be used ({reason}): choose auto or cpu") from error
     return device
 
