@@ -51,16 +51,8 @@ def main() -> None:
         values = {kind: [run[name] for run in runs[kind]] for kind in KINDS}
         spread = max(values["float32"]) - min(values["float32"])
         difference = mean(values["bf16"]) - mean(values["float32"])
-        cases.append(
-            {
-                "case": name,
-                "device": "cpu",
-                **values,
-                "difference": difference,
-                "spread_float32": spread,
-                "inside": abs(difference) <= spread,
-            }
-        )
+        case = {"case": name, "device": "cpu", **values, "difference": difference, "spread_float32": spread}
+        cases.append(case if name == "seconds" else {**case, "inside": abs(difference) <= spread})
         print(cases[-1], flush=True)
     result = {
         "machine": dict(hardware()),
