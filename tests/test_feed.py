@@ -114,9 +114,9 @@ def test_the_thread_reads_only_a_little_ahead() -> None:
     counted: list[int] = []
 
     class Counting(ArrayBatches):
-        def stored(self) -> Tensor:
+        def stored(self, share: slice = slice(None)) -> Tensor:
             counted.append(1)
-            return super().stored()
+            return super().stored(share)
 
     with feed(Counting(images().x, N, seed=3)) as threaded:
         for done in range(3):
@@ -153,10 +153,10 @@ class Broken(ArrayBatches):
 
     broken = True
 
-    def stored(self) -> Tensor:
+    def stored(self, share: slice = slice(None)) -> Tensor:
         if self.broken and self.position == 3 * N:
             raise OSError("the disk is gone")
-        return super().stored()
+        return super().stored(share)
 
 
 @pytest.mark.parametrize("threaded", [False, True])
@@ -176,9 +176,9 @@ def test_an_error_of_the_data_reaches_the_step(threaded: bool) -> None:
 
 def test_waiting_is_counted() -> None:
     class Slow(ArrayBatches):
-        def stored(self) -> Tensor:
+        def stored(self, share: slice = slice(None)) -> Tensor:
             time.sleep(0.1)
-            return super().stored()
+            return super().stored(share)
 
     one = feed(Slow(images().x, N, seed=3))
     taken(one, 2)

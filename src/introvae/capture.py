@@ -74,7 +74,7 @@ class CapturedStep:
         if values is None:
             values = {name: x.new_tensor(value) for name, value in step.objective.values().items()}
         inputs = {"x": x, **noise._asdict(), **{f"values.{name}": value for name, value in values.items()}}
-        key = (warming, step.objective, x.shape, x.dtype)
+        key = (warming, repr(step.objective), x.shape, x.dtype)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind({}) if len(self._kinds) < MAX_GRAPHS else _Kind({}, seen=-1)

@@ -161,7 +161,8 @@ def _recipe(name: str, words: list[str]) -> list[Path]:
 
 def _show(trainer: Trainer) -> None:
     print(trainer.config.to_yaml(), end="")
-    print(f"\ndevice: {trainer.device}")
+    print(f"\ndevice: {trainer.device}, precision {trainer.precision}")
+    print("\n".join(trainer.plan().sentences()))
     print(f"data: {trainer.data.name}, samples of shape {trainer.data.shape}")
     for name in ("encoder", "decoder"):
         module = getattr(trainer.model, name)
@@ -302,13 +303,15 @@ def _doctor(words: list[str]) -> None:
         return
     from introvae.extras import missing_extras
     from introvae.machine import hardware, versions
+    from introvae.precision import pick_precision
     from introvae.training.loop import pick_device
 
+    precision = pick_precision("auto", pick_device("auto"), (3, 32, 32))
     chosen = [
         ("--device auto", str(pick_device("auto"))),
         ("--network auto", "conv for images, mlp for points, vectors and tables"),
         ("--recipe auto", "the recommended settings for data and objective (introvae recipes lists them)"),
-        ("precision", "float32"),
+        ("--precision auto", f"{precision} for images, float32 for points and tables"),
     ]
     kept = [
         ("folder", str(cache.cache_folder())),

@@ -8,6 +8,10 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = (
     "torch",
@@ -68,9 +72,29 @@ def memory_bytes() -> int | None:
         return None
 
 
+def resident_bytes() -> int:
+    """Main memory that this process holds now; 0 where the system does not say."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, or None where nothing says."""
+    import psutil
+    import torch
+
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return None
+
+
 def launched() -> bool:
     """Whether a launcher (accelerate launch, torchrun) started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
+    several = os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
+    return several and all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"))  # not a batch system's
 
 
 def speaks() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -90,7 +91,8 @@ class Peers(Alone):
     def __init__(self, cpu: bool = False) -> None:
         from accelerate import PartialState
 
-        self.state = PartialState(cpu=cpu)
+        # The others wait while the first reads data that are not cached yet.
+        self.state = PartialState(cpu=cpu, timeout=timedelta(hours=12))
         self.index, self.count = self.state.process_index, self.state.num_processes
         atexit.register(self.state.destroy_process_group)
 

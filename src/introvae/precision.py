@@ -20,11 +20,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def unrounded(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` in float32, also where autocast is on: for the few numbers that a posterior is made of."""
+    """`layer(x)` in the format of its weights, also where autocast is on: for the few numbers that make a posterior."""
+    x = x.to(next(layer.parameters()).dtype)
     if not torch.amp.is_autocast_available(x.device.type):
-        return layer(wide(x))
+        return layer(x)
     with torch.autocast(x.device.type, enabled=False):
-        return layer(wide(x))
+        return layer(x)
 
 
 def pick_precision(name: str, device: torch.device, shape: tuple[int, ...]) -> str:
@@ -39,7 +40,7 @@ def pick_precision(name: str, device: torch.device, shape: tuple[int, ...]) -> s
         shape: of one sample, (C, H, W) or (D,).
 
     Raises:
-        ConfigError: another name, or a format that only GPUs have.
+        ConfigError: another name, a format that only GPUs have, or a short one for vectors.
 
     Example:
         >>> pick_precision("auto", torch.device("cpu"), shape=(2,))
@@ -48,6 +49,8 @@ def pick_precision(name: str, device: torch.device, shape: tuple[int, ...]) -> s
     one_of(PRECISIONS, precision=name)
     if name == "tf32" and device.type != "cuda":
         raise ConfigError(f"precision 'tf32' is for NVIDIA GPUs, this run is on {device.type}: choose auto or float32")
+    if name in ("tf32", "bf16") and len(shape) != 3:
+        raise ConfigError(f"precision {name!r} is for images, vectors need all digits: choose auto or float32")
     if name != "auto":
         return name
     if len(shape) != 3:

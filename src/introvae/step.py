@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import CheckpointError, one_of, positive
+from introvae.errors import CheckpointError, ConfigError, one_of, positive, whole
 from introvae.gaussian import DiagonalGaussian
 from introvae.model import IntrospectiveVAE, squared_error
 from introvae.objectives import Judged, Objective, Values, Warmup
@@ -58,6 +58,19 @@ class Noise(NamedTuple):
         return Noise(self.real[rows], self.prior[rows], of_both(self.fakes), of_both(self.again))
 
 
+ACCUMULATE_NOT = "its gradients are no mean over parts, take accumulation 1"
+
+
+class _Seen(NamedTuple):
+    """What the decoder's phase takes over from the encoder's."""
+
+    z: Tensor
+    posterior: DiagonalGaussian
+    decoded: tuple[Tensor, Tensor] | None
+    """Reconstructions and samples with their graph; None where they are decoded anew."""
+    record: dict[str, Tensor]
+
+
 class IntrospectiveStep:
     """One update of the encoder, then one of the decoder, on the same batch.
 
@@ -75,10 +88,14 @@ class IntrospectiveStep:
         precision: "bf16" lets the networks' layers compute in bf16 (autocast); weights, posteriors, latents, decoded
             images, losses and Adam's moments stay float32. "float32" (and "tf32") leave all as it is.
         peers: the processes that share each batch; gradients are averaged over them.
+        accumulation: parts in which a batch goes through each phase, for less memory: all of the encoder's, its update,
+            then all of the decoder's, which decodes anew. Gradients are those of the whole batch, unless the networks
+            have batch statistics.
         capturable: keep the rate and Adam's counts on the GPU, for `CapturedStep`.
 
     Raises:
-        ConfigError: a rate that is not above 0, an unknown precision.
+        ConfigError: a rate that is not above 0, an unknown precision, accumulation for an objective that compares the
+            samples of a batch.
 
     Source: Soft-IntroVAE (2021), Algorithm 1; IntroVAE (2018), Algorithm 1.
 
@@ -101,9 +118,14 @@ class IntrospectiveStep:
         share: bool = True,
         precision: str = "float32",
         peers: Alone | None = None,
+        accumulation: int = 1,
         capturable: bool = False,
     ) -> None:
-        positive(lr=lr)
+        positive(lr=lr, accumulation=accumulation)
+        whole(accumulation=accumulation)
+        if accumulation > 1 and objective.batch_coupled:
+            raise ConfigError(f"{type(objective).__name__} compares the samples of a batch: {ACCUMULATE_NOT}")
+        self.accumulation = accumulation
         one_of(("float32", "tf32", "bf16"), precision=precision)
         self.model, self.objective, self.warmup = model, objective, warmup or Warmup()
         self.share, self.precision, self.peers, self.capturable = share, precision, peers or Alone(), capturable
@@ -150,60 +172,86 @@ class IntrospectiveStep:
         return self._two_player(x, noise, values)
 
     def _joint(self, x: Tensor, noise: Noise, values: Values, warming: bool) -> dict[str, Tensor]:
-        with self._autocast(x):
-            posterior = self.model.encode(x)
-            z = posterior.sample(noise.real)
-            real = Judged(x, z, posterior, squared_error(x, self.model.decode(z)))
-        if not warming:
-            real = self._of_all(real)
-        if warming:
-            loss = self.warmup.loss(real, self.objective.scale_of(x))
-        else:
-            loss = self.objective.encoder_loss(real, (), values)
-        loss.backward(inputs=self.encoder_params + self.decoder_params)
+        records = []
+        for part, its_noise in self._parts(x, noise):
+            with self._autocast(x):
+                posterior = self.model.encode(part)
+                z = posterior.sample(its_noise.real)
+                real = Judged(part, z, posterior, squared_error(part, self.model.decode(z)))
+            if warming:
+                loss = self.warmup.loss(real, self.objective.scale_of(part))
+            else:
+                real = self._of_all(real)
+                loss = self.objective.encoder_loss(real, (), values)
+            self._backward(loss, self.encoder_params + self.decoder_params)
+            records.append(_record(real, (), loss, loss))
         self._update(self.encoder_optimizer, self.encoder_params)
         self._update(self.decoder_optimizer, self.decoder_params)
-        return _record(real, (), loss, loss)
+        return _mean(records)
 
     def _two_player(self, x: Tensor, noise: Noise, values: Values) -> dict[str, Tensor]:
+        parts = self._parts(x, noise)
+        seen = [self._for_encoder(part, its_noise, values) for part, its_noise in parts]
+        self._update(self.encoder_optimizer, self.encoder_params)
+        records = [
+            {**before.record, "loss_decoder": self._for_decoder(part, its_noise, values, before)}
+            for (part, its_noise), before in zip(parts, seen, strict=True)
+        ]
+        self._update(self.decoder_optimizer, self.decoder_params)
+        return _mean(records)
+
+    def _for_encoder(self, x: Tensor, noise: Noise, values: Values) -> _Seen:
+        """The encoder's gradients; fakes are given."""
         objective = self.objective
-        # Encoder: fakes are given.
         with self._autocast(x):
             posterior = self.model.encode(x)
             z = posterior.sample(noise.real)
             # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
             leaf = z.detach().requires_grad_()
             reconstruction, sample = self._decode(leaf, noise.prior)
+            fakes = torch.cat([reconstruction, sample]).detach()
             latents = torch.cat([leaf.detach(), noise.prior])
-            fakes = torch.cat([reconstruction, sample])
-            judged = self._judge(
-                fakes.detach(), latents, noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else ""
-            )
+            judged = self._judge(fakes, latents, noise.fakes, "encoder" if objective.reads_fake_rec_in_encoder else "")
         real = self._of_all(Judged(x, z, posterior, squared_error(x, reconstruction)))
-        loss_encoder = objective.encoder_loss(real, judged, values)
+        loss = objective.encoder_loss(real, judged, values)
         # The reconstruction's gradient comes back through the decoder to the leaf, and from there goes into the
         # encoder, together with all its other terms, in one backward pass.
-        (into_z,) = torch.autograd.grad(loss_encoder, leaf, retain_graph=True)
-        (loss_encoder + (z * into_z).sum()).backward(inputs=self.encoder_params)
-        record = _record(real, judged, loss_encoder, None)
-        self._update(self.encoder_optimizer, self.encoder_params)
+        (into_z,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        self._backward(loss + (z * into_z).sum(), self.encoder_params)
+        kept = (reconstruction, sample) if self.share and self.accumulation == 1 else None
+        return _Seen(leaf.detach(), posterior.detach(), kept, _record(real, judged, loss, None))
 
-        # Decoder: judged by the updated encoder.
+    def _for_decoder(self, x: Tensor, noise: Noise, values: Values, seen: _Seen) -> Tensor:
+        """The decoder's gradients, judged by the updated encoder; its loss."""
+        objective, posterior = self.objective, seen.posterior
         with self._autocast(x):
-            if not self.share:
-                reconstruction, sample = self._decode(leaf.detach(), noise.prior)
-                fakes = torch.cat([reconstruction, sample])
-            posterior = posterior.detach()
+            reconstruction, sample = seen.decoded or self._decode(seen.z, noise.prior)
             if objective.reads_real_in_decoder:
                 with torch.no_grad():
                     posterior = self.model.encode(x)
+            latents = torch.cat([seen.z, noise.prior])
+            fakes = torch.cat([reconstruction, sample])
             judged = self._judge(fakes, latents, noise.again, objective.reads_fake_rec_in_decoder)
-        real = self._of_all(Judged(x, leaf.detach(), posterior, squared_error(x, reconstruction)))
-        loss_decoder = objective.decoder_loss(real, judged, values)
-        loss_decoder.backward(inputs=self.decoder_params)
-        self._update(self.decoder_optimizer, self.decoder_params)
-        record["loss_decoder"] = loss_decoder.detach()
-        return record
+        real = self._of_all(Judged(x, seen.z, posterior, squared_error(x, reconstruction)))
+        loss = objective.decoder_loss(real, judged, values)
+        self._backward(loss, self.decoder_params)
+        return loss.detach()
+
+    def _parts(self, x: Tensor, noise: Noise) -> list[tuple[Tensor, Noise]]:
+        """The micro-batches of a batch."""
+        if self.accumulation == 1:
+            return [(x, noise)]
+        if self.objective.batch_coupled:
+            raise ConfigError(f"{type(self.objective).__name__} compares the samples of a batch: {ACCUMULATE_NOT}")
+        if len(x) % self.accumulation:
+            raise ConfigError(f"a batch of {len(x)} does not split into {self.accumulation} parts: take another number")
+        size = len(x) // self.accumulation
+        rows = [slice(start, start + size) for start in range(0, len(x), size)]
+        return [(x[part], noise.rows(part)) for part in rows]
+
+    def _backward(self, loss: Tensor, params: list[nn.Parameter]) -> None:
+        # The mean over the batch is the mean of its parts' means.
+        (loss / self.accumulation if self.accumulation > 1 else loss).backward(inputs=params)
 
     def _judge(self, fakes: Tensor, latents: Tensor, noise: Tensor, rec_gradient: str) -> tuple[Judged, ...]:
         """What the encoder says of `fakes: [2N, ...]`; `rec_gradient` says whom the error's gradient reaches."""
@@ -313,6 +361,12 @@ def _check_moments(state: Mapping[str, Any], params: list[nn.Parameter], name: s
         for moment in ("exp_avg", "exp_avg_sq"):
             if found[moment].shape != parameter.shape or found[moment].dtype != parameter.dtype:
                 raise CheckpointError(f"{name}: {moment} {index} does not fit its weight: it is another network's")
+
+
+def _mean(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(records) == 1:
+        return records[0]
+    return {name: torch.stack([record[name] for record in records]).mean() for name in records[0]}
 
 
 def _record(

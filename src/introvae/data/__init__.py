@@ -80,9 +80,9 @@ class DensityBatches:
         """The next batch, float32 `[N, 2]`."""
         return self.stored().to(device)
 
-    def stored(self) -> Tensor:
-        """The next batch, on the CPU."""
-        return self.density.sample(self.batch_size, self.generator)
+    def stored(self, share: slice = slice(None)) -> Tensor:
+        """The next batch, or some rows of it, on the CPU."""
+        return self.density.sample(self.batch_size, self.generator)[share]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""

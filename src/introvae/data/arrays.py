@@ -150,13 +150,13 @@ class ArrayBatches:
         """The next batch as float32 on `device`."""
         return to_float(self.stored().to(device))
 
-    def stored(self) -> Tensor:
-        """The next batch as it is kept: on the CPU, images as uint8."""
+    def stored(self, share: slice = slice(None)) -> Tensor:
+        """The next batch, or some rows of it, as it is kept: on the CPU, images as uint8."""
         if self.position + self.batch_size > len(self.x):
             self._start(self.epoch + 1)
         rows = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.x[rows]
+        return self.x[rows[share]]
 
     def _start(self, epoch: int, position: int = 0) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -20,7 +20,16 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each position: no statistics over the batch or over space, cheap on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:  # [N, C, H, W]
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.channels_last(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def channels_last(self, input: Tensor) -> Tensor:
+        """The same for `[N, H, W, C]`."""
+        weight, bias = self.weight, self.bias
+        if not input.is_cuda or input.dtype == weight.dtype:
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        # CUDA's autocast would hand on float32, at twice the memory; the kernel's sums are float32 either way.
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight.to(input.dtype), bias.to(input.dtype), self.eps)
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:
@@ -46,7 +55,7 @@ def activated(norm: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
         h = norm(x)
         return F.leaky_relu_(h if skip is None else h.add_(skip), 0.2)
     # In place of a view, autograd would copy: so not of the permuted result, but before it is permuted back.
-    h = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    h = norm.channels_last(x.permute(0, 2, 3, 1))
     return F.leaky_relu_(h if skip is None else h.add_(skip.permute(0, 2, 3, 1)), 0.2).permute(0, 3, 1, 2)
 
 

@@ -19,7 +19,11 @@ class MLPEncoder(nn.Module):
         self.layers = _mlp(math.prod(shape), hidden, depth, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = unrounded(self.layers[-1], self.layers[:-1](x.flatten(1))).chunk(2, dim=1)
+        h = x.flatten(1)
+        *body, head = self.layers
+        for layer in body:
+            h = layer(h)
+        mean, logvar = unrounded(head, h).chunk(2, dim=1)
         return mean, logvar
 
 

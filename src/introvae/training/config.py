@@ -59,6 +59,8 @@ class FitConfig(DataOptions):
         compile: none, cudagraph (a step as one launch, on NVIDIA GPUs) or inductor (torch.compile of both networks).
         gradient_checkpointing: keep only the inputs of the networks' stages and compute the rest again in the backward
             pass: about a third more time, a fraction of the memory.
+        accumulation: parts in which a batch goes through each phase of a step, for less memory, with the same result;
+            not for objectives that compare the samples of a batch.
         flip: mirror images at random.
         out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
 
@@ -93,6 +95,7 @@ class FitConfig(DataOptions):
     precision: str = "auto"
     compile: str = "none"
     gradient_checkpointing: bool = False
+    accumulation: int = 1
     flip: bool = False
     out: str | None = None
 
@@ -105,7 +108,8 @@ class FitConfig(DataOptions):
         if not isinstance(self.objective, Objective):
             raise ConfigError(f"objective is {self.objective!r}: give SoftIntroVAE(), another one, or its name")
         positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
-        counts = ("batch_size", "log_every", "lr_warmup", "image_every", "checkpoint_every")
+        positive(accumulation=self.accumulation)
+        counts = ("batch_size", "accumulation", "log_every", "lr_warmup", "image_every", "checkpoint_every")
         whole(**{name: getattr(self, name) for name in counts})
         not_negative(**{name: getattr(self, name) for name in counts})
         checked_seed(self.seed)

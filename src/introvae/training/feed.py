@@ -21,7 +21,9 @@ AHEAD = 2
 class Batches(Protocol):
     """An endless stream of batches."""
 
-    def stored(self) -> Tensor: ...
+    batch_size: int
+
+    def stored(self, share: slice = ...) -> Tensor: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -62,8 +64,12 @@ class Feed:
 
     def __enter__(self) -> Feed:
         self._ready, self._stop, self._error = queue.Queue(AHEAD), threading.Event(), None
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(self._ready, self._stop), daemon=True)
+        threads = torch.get_num_threads()
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(threads)  # the worker's choice would be that of all later threads
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -87,25 +93,26 @@ class Feed:
             raise found[0]
         (x, noise, flipped), self._state = found
         # From pinned memory the copies to a GPU run beside the host's work.
-        x = to_float(x.to(self.device, non_blocking=True))
+        x = x.to(self.device, non_blocking=True)
         if flipped is not None:
             flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
             x = torch.where(flipped, x.flip(3), x)
-        return Inputs(x, Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)))
+        return Inputs(to_float(x), Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)))
 
     def _make(self) -> tuple[Any, ...]:
-        x = self.batches.stored()
-        noise = Noise.draw(len(x), self.latent_dim, self.noise).rows(self.rows)
-        flipped = None
-        if self.flip:
-            flipped = (torch.rand(len(x), generator=self.noise) < 0.5)[self.rows]
-        x = x[self.rows]
+        n = self.batches.batch_size
+        x = self.batches.stored(self.rows)
+        noise = Noise.draw(n, self.latent_dim, self.noise)
+        if len(x) < n:
+            noise = noise.rows(self.rows)
+        flipped = (torch.rand(n, generator=self.noise) < 0.5)[self.rows] if self.flip else None
         if self.device.type == "cuda":
             x, noise = x.pin_memory(), Noise(*(draws.pin_memory() for draws in noise))
         return (x, noise, flipped), self._now()
 
     def _work(self, ready: queue.Queue[tuple[Any, ...]], stop: threading.Event) -> None:
-        torch.set_num_threads(1)  # of this thread only: it must not take the cores from the step
+        torch.set_num_threads(1)  # it must not take the cores from the step
+        self._started.set()
         while not stop.is_set():
             try:
                 found = self._make()

@@ -17,7 +17,7 @@ from introvae.training.config import FitConfig, load_config, recipe_path, recomm
 from introvae.training.loop import Trainer, load_once, resolve
 from introvae.training.run import Run, default_folder
 
-MACHINES = ("device", "cache", "precision", "compile", "gradient_checkpointing")
+MACHINES = ("device", "cache", "precision", "compile", "gradient_checkpointing", "accumulation")
 """Settings in which a resumed run may differ: they say how it is computed, not what."""
 
 

@@ -41,11 +41,16 @@ from introvae.training.config import DEFAULT_STEPS, FitConfig
 from introvae.training.controller import Controller
 from introvae.training.ema import Average
 from introvae.training.feed import Feed
+from introvae.training.planner import Plan
 from introvae.training.preview import preview
 from introvae.training.readback import Readback
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
+
+
+ASK_EVERY = 10
+"""Steps after which several processes agree, at the latest, whether one of them was told to stop."""
 
 
 class Step(Protocol):
@@ -88,6 +93,11 @@ class Trainer:
         self.precision = pick_precision(config.precision, self.device, self.data.shape)
         self.steps, latent_dim = config.steps or 0, config.latent_dim or 0  # resolve() filled them in
         rows = self.peers.rows(config.batch_size)
+        if (rows.stop - rows.start) % config.accumulation:
+            raise ConfigError(
+                f"accumulation {config.accumulation} does not divide a process' {rows.stop - rows.start} samples: "
+                "take a divisor"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # of the weights; all later draws have generators of their own
             values = "[0, 1]" if len(self.data.shape) == 3 else "unbounded"
@@ -128,6 +138,7 @@ class Trainer:
             adam_betas=config.adam_betas,
             precision=self.precision,
             peers=self.peers,
+            accumulation=config.accumulation,
             capturable=captured,
         )
         return CapturedStep(step) if captured else step
@@ -142,7 +153,7 @@ class Trainer:
         """
         try:
             with ExitStack() as stack:
-                stack.enter_context(float32_multiplications(tf32=self.precision != "float32"))
+                stack.enter_context(float32_multiplications(tf32=self.precision == "tf32"))
                 if self.device.type == "cpu":
                     stack.enter_context(keep_freed_memory())
                 before = torch.backends.cudnn.benchmark
@@ -169,6 +180,9 @@ class Trainer:
         )
         self.peers.copy_first(self.model)
         if self.peers.first:
+            for before in run.events("start")[-1:]:
+                if before["precision"] != self.precision:
+                    log.info("precision was %s before, is %s from here on", before["precision"], self.precision)
             run.log_event("start", step=self.step_index, **self.machine())
         if self.step_index == 0:
             self._save(run)  # so that a run can be resumed from its first second, and a full disk shows at once
@@ -186,8 +200,12 @@ class Trainer:
                 done, config = self.step_index, self.config
                 save = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
                 draw = config.image_every and done % config.image_every == 0 and done < self.steps
-                stop = (due or self.peers.count == 1) and self.peers.any(stopped.is_set(), self.device)
-                for row in self.readback.rows(wait=bool(save or draw or stop or done == self.steps)):
+                ask = due or self.peers.count == 1 or done % ASK_EVERY == 0
+                stop = ask and self.peers.any(stopped.is_set(), self.device)
+                started = time.perf_counter()
+                rows = list(self.readback.rows(wait=bool(save or draw or stop or done == self.steps)))
+                self.seconds += time.perf_counter() - started
+                for row in rows:
                     self._log(run, lines, row, bar)
                 if save:
                     self._save(run)
@@ -211,6 +229,10 @@ class Trainer:
         count = self.peers.count
         facts = {"device": str(self.device), "precision": self.precision, "compile": self.compile}
         return {**facts, "processes": count, "threads": torch.get_num_threads()}
+
+    def plan(self) -> Plan:
+        """How much memory the steps will take."""
+        return Plan(self.config, self.data.shape, self.model, self.precision, self.peers.count)
 
     def averaged_model(self) -> IntrospectiveVAE:
         """The model with averaged weights, in evaluation mode."""
@@ -413,7 +435,7 @@ def pick_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         raise ConfigError(f"device {name!r} cannot be used ({reason}): choose auto or cpu") from error

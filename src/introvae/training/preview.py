@@ -12,6 +12,7 @@ from introvae.model import IntrospectiveVAE
 from introvae.pictures import density_estimate, grid_points, labelled_rows, plane_figure, save_picture
 
 IMAGES, POINTS, GRID = 32, 2000, 128
+AT_ONCE = 8
 
 
 @torch.no_grad()
@@ -39,7 +40,10 @@ def preview(model: IntrospectiveVAE, data: Data, path: Path) -> Path | None:
     if not isinstance(data, ArrayData) or len(data.shape) != 3:
         return None
     real = data.heldout[slice(IMAGES)].tensor(model.device)
-    rows = {"real": real, "reconstruction": model.reconstruct(real), "sample": model.sample(2 * IMAGES, generator)}
+    # A few at a time: a picture must not take more memory than a step.
+    reconstructions = torch.cat([model.reconstruct(some) for some in real.split(AT_ONCE)])
+    samples = torch.cat([model.sample(AT_ONCE, generator) for _ in range(2 * IMAGES // AT_ONCE)])
+    rows = {"real": real, "reconstruction": reconstructions, "sample": samples}
     return save_picture(labelled_rows(rows), path)
 
 
