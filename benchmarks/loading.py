@@ -6,7 +6,6 @@ A second start is a whole `introvae fit`, from the call to its first step. Each 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,30 +13,37 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from common import Contestant, compete, parser, peak_bytes, progress, report
 from PIL import Image
 
-from introvae.machine import hardware, versions
-
-LOAD = """
-import json, resource, sys, time
 import introvae
-start = time.perf_counter()
-data = introvae.load_data(sys.argv[1], introvae.DataOptions(size=int(sys.argv[2]) or None))
-seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-size = sum(part.x.numel() for part in (data.train, data.heldout))
-print(json.dumps({"images": len(data.train) + len(data.heldout), "seconds": round(seconds, 2), "data_bytes": size,
-    "peak_bytes": peak, "within_1.5_data_plus_1_GiB": peak < 1.5 * size + 2**30}))
-"""
 
 
-def load(source: Path, size: int) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(source), str(size)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def contestant(setting: dict[str, Any]) -> None:
+    """Load once, and say what it took."""
+    begun = time.perf_counter()
+    data: Any = introvae.load_data(setting["source"], introvae.DataOptions(size=setting["size"]))
+    seconds, peak = time.perf_counter() - begun, peak_bytes()
+    size = sum(part.x.numel() for part in (data.train, data.heldout))
+    facts = {
+        "images": len(data.train) + len(data.heldout),
+        "seconds": round(seconds, 2),
+        "data_bytes": size,
+        "peak_bytes": peak,
+        "within_1.5_data_plus_1_GiB": peak < 1.5 * size + 2**30,
+    }
+    compete(lambda: None, torch.device("cpu"), facts)
+
+
+def load(source: Path, size: int | None) -> dict[str, Any]:
+    one = Contestant({"source": str(source), "size": size})
+    found = one.facts
+    one.end()
+    return found
 
 
 def start(source: Path, folder: Path) -> dict[str, object]:
@@ -66,34 +72,28 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--parquet", type=Path, help="a Parquet file of images")
-    parser.add_argument("--count", type=int, default=10_000, help="how many JPEG files (default: 10000)")
-    own = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--parquet", type=Path, help="a Parquet file of images")
+    options.add_argument("--count", type=int, help="how many JPEG files (default: 10000; short: 1000)")
+    own = options.parse_args()
+    if own.contestant:
+        return contestant(own.contestant)
     cases = []
 
     def case(name: str, **found: object) -> None:
         cases.append({"case": name, "device": "cpu", **found})
-        print(name, found, flush=True)
+        progress(f"{name}: {found}")
 
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["INTROVAE_CACHE"] = f"{temporary}/cache"
-        folder = photographs(Path(temporary, "photographs"), own.count)
+        folder = photographs(Path(temporary, "photographs"), own.count or (1000 if own.short else 10_000))
         case("folder of JPEG files, first load", **load(folder, 64))
         case("folder of JPEG files, second load", **load(folder, 64))
         case("folder of JPEG files, second start of fit", **start(folder, Path(temporary, "run")))
         if own.parquet:
-            case(f"{own.parquet.parent.name}/{own.parquet.name}, first load", **load(own.parquet, 0))
-            case(f"{own.parquet.parent.name}/{own.parquet.name}, second load", **load(own.parquet, 0))
-    result = {
-        "machine": dict(hardware()),
-        "versions": dict(versions()),
-        "date": time.strftime("%Y-%m-%d"),
-        "cases": cases,
-    }
-    if own.json:
-        own.json.write_text(json.dumps(result, indent=2) + "\n")
+            case(f"{own.parquet.parent.name}/{own.parquet.name}, first load", **load(own.parquet, None))
+            case(f"{own.parquet.parent.name}/{own.parquet.name}, second load", **load(own.parquet, None))
+    return report(cases, own.json)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
-"""What the loop costs around its steps, and how fast inputs come: `python benchmarks/loop.py --json loop.json`.
+"""What the loop costs around its steps: `python benchmarks/loop.py --json loop.json`.
 
 The loop: the default settings at CIFAR-10's size (conv at the published widths, batch 32) on made-up images. The parts
-are timed in a run that logs, saves and draws far more often, then added up at the default intervals.
-Input: images of 32 px from a memory-mapped file, as the cache keeps them, through the loop's own `Feed`.
+are timed in a run that logs, saves and draws far more often, then added up at the default intervals. The share is that
+of the step's FLOPs per second in the rate of a plain product of matrices in the same precision, before and after.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import torch
+from common import counted_flops, finish, matrix_rate, parser, report
 
 from introvae import FitConfig, from_array
-from introvae.data.arrays import ArrayBatches
-from introvae.machine import hardware, versions
-from introvae.training.feed import Feed
 from introvae.training.loop import Trainer
 from introvae.training.run import Run
 
@@ -43,14 +38,20 @@ def timed(owner: Any, name: str, seconds: dict[str, list[float]]) -> None:
 
 
 class TimedStep:
-    """A step that notes how long each call takes."""
+    """A step that notes how long each call takes, until the device is done; in the first call its FLOPs."""
 
-    def __init__(self, step: Any, seconds: list[float]) -> None:
-        self.__dict__.update(step=step, seconds=seconds)
+    def __init__(self, step: Any, device: torch.device, seconds: list[float]) -> None:
+        self.__dict__.update(step=step, device=device, seconds=seconds, flops=0)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        if not self.flops:
+            found: list[Any] = []
+            self.__dict__["flops"] = counted_flops(lambda: found.append(self.step(*args, **options)))
+            return found[0]
+        finish(self.device)
         start = time.perf_counter()
         found = self.step(*args, **options)
+        finish(self.device)
         self.seconds.append(time.perf_counter() - start)
         return found
 
@@ -61,14 +62,15 @@ class TimedStep:
         setattr(self.step, name, value)
 
 
-def loop(folder: Path, steps: int) -> list[dict[str, Any]]:
+def loop(folder: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     data = from_array(torch.randint(0, 256, (4000, 3, 32, 32), dtype=torch.uint8))
     default = FitConfig()
     config = FitConfig(batch_size=32, steps=steps, log_every=5, checkpoint_every=10, image_every=10)
     trainer = Trainer(config, data)
     seconds: dict[str, list[float]] = {"step": []}
-    trainer.step = TimedStep(trainer.step, seconds["step"])  # pyright: ignore
+    step = TimedStep(trainer.step, trainer.device, seconds["step"])
+    trainer.step = step  # pyright: ignore
     for owner, name in (
         (trainer.average, "update"),
         (trainer.feed, "next"),
@@ -81,7 +83,9 @@ def loop(folder: Path, steps: int) -> list[dict[str, Any]]:
     moments: list[float] = []
     one_step = trainer._one_step
     trainer._one_step = lambda: (moments.append(time.perf_counter()), one_step())[1]  # pyright: ignore
+    rates = [matrix_rate(trainer.device, trainer.precision)]
     trainer.train(Run.create(folder / "run", trainer.config), progress=True)
+    rates.append(matrix_rate(trainer.device, trainer.precision))
     # From the start of one step to that of the next, where nothing was logged, saved or drawn in between.
     between = [after - before for index, (before, after) in enumerate(pairwise(moments), 1) if index % config.log_every]
     each = {name: 1000 * median(times) for name, times in seconds.items()}
@@ -94,7 +98,7 @@ def loop(folder: Path, steps: int) -> list[dict[str, Any]]:
         "rest of the step's call": max(0.0, each["_one_step"] - each["step"] - each["update"] - each["next"]),
         "rest of the loop": max(0.0, 1000 * median(between) - each["_one_step"]),
     }
-    row = {
+    return {
         "case": "loop at CIFAR-10's size, batch 32, default settings",
         "device": str(trainer.device),
         "precision": trainer.precision,
@@ -104,68 +108,17 @@ def loop(folder: Path, steps: int) -> list[dict[str, Any]]:
         "waiting_share": round(each["next"] / each["_one_step"], 5),
         "one_checkpoint_ms": round(each["_save"], 1),
         "one_picture_ms": round(each["_picture"], 1),
+        "gflops_share": round(1000 * step.flops / each["step"] / mean(rates), 3),
     }
-    print(row, flush=True)
-    return [row]
-
-
-def anonymous_bytes() -> int | None:
-    """Memory that is not a mapped file's, where the system tells."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return None
-
-
-def feed(folder: Path, count: int, batch: int) -> list[dict[str, Any]]:
-    path = folder / "pixels.bin"
-    shape = (count, 3, 32, 32)
-    written = np.memmap(path, np.uint8, mode="w+", shape=shape)
-    written[:] = np.random.default_rng(0).integers(0, 256, (1000, 3, 32, 32), dtype=np.uint8).repeat(count // 1000, 0)
-    written.flush()
-    del written
-    before = anonymous_bytes()
-    x = torch.from_numpy(np.memmap(path, np.uint8, mode="c", shape=shape))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = Feed(ArrayBatches(x, batch, 0), 128, 0, device, slice(0, batch), flip=True)
-    with inputs:
-        for _ in range(20):
-            inputs.next()
-        start = time.perf_counter()
-        rounds = 40_000 // batch
-        for _ in range(rounds):
-            inputs.next()
-        seconds = time.perf_counter() - start
-    after = anonymous_bytes()
-    row = {
-        "case": f"inputs of 32 px from a mapped file of {x.numel() / 1e6:.0f} MB, flipped, batch {batch}",
-        "device": str(device),
-        "precision": "float32",
-        "images_per_second": round(rounds * batch / seconds),
-        "memory_mb": None if before is None or after is None else round((after - before) / 1e6, 1),
-    }
-    print(row, flush=True)
-    return [row]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--steps", type=int, default=40, help="length of the timed run (default: 40)")
-    own = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, help="length of the timed run (default: 40; short: 20)")
+    own = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        cases = loop(Path(temporary), own.steps)
-        for batch in (32, 256):
-            cases += feed(Path(temporary), 400_000, batch)
-    result = {
-        "machine": dict(hardware()),
-        "versions": dict(versions()),
-        "date": time.strftime("%Y-%m-%d"),
-        "cases": cases,
-    }
-    if own.json:
-        own.json.write_text(json.dumps(result, indent=2) + "\n")
+        case = loop(Path(temporary), own.steps or (20 if own.short else 40))
+    report([case], own.json)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """How long one training step takes, against the papers' pseudo-code: `python benchmarks/step.py --json step.json`.
 
 Textbook: Algorithm 1 of Soft-IntroVAE as tests/textbook.py writes it (the code that the tests hold our gradients
-against), with the published gamma_r of 1e-8: everything computed anew in each phase, float32, torch's Adam and the
-process' memory as they come. Ours: `IntrospectiveStep` on the same networks, data and noise. Each is a process of its
-own; they take turns, so that what else the machine does hits all; times are medians of single steps.
-On a GPU the cases of the published CIFAR-10 settings and the share of the matrix rate are added.
+against), with the published gamma_r of 1e-8: everything computed anew in each phase, in float32, with torch's Adam,
+torch's defaults (on a GPU also those about TF32) and the process' memory as they come. Ours: `IntrospectiveStep` on
+the same networks, data and noise. Each is a process of its own, since the setting of the memory is the process'; they
+take turns, so that what else the machine does hits all. Times are medians of the rounds, the ratio is the median of
+the rounds' ratios. The share is that of our step's own FLOPs (the textbook's extra passes are none of them) per
+second in the rate of a plain product of matrices in the same precision, measured between the rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,10 +19,22 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import (
+    Contestant,
+    compete,
+    counted_flops,
+    device_option,
+    matrix_rate,
+    paired,
+    parser,
+    progress,
+    report,
+    take_turns,
+)
 
 from introvae import IntrospectiveStep, IntrospectiveVAE, IntroVAE, Noise, SoftIntroVAE
 from introvae.capture import CapturedStep
-from introvae.machine import hardware, keep_freed_memory, versions
+from introvae.machine import keep_freed_memory
 from introvae.precision import float32_multiplications, pick_precision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -37,72 +47,18 @@ PSEUDO_CODE = {
     "SoftIntroVAE": textbook.soft_introvae(**SOFT, gamma_r=1e-8, variant="official_code"),
     "IntroVAE": textbook.introvae(**HINGE),
 }
-GPU = torch.device("cuda") if torch.cuda.is_available() else None
-
-LARGE = """
-import json, resource, sys, time
-import torch
-from introvae import IntrospectiveStep, IntrospectiveVAE, SoftIntroVAE
-from introvae.networks import use_gradient_checkpointing
-precision, forget = sys.argv[1], sys.argv[2] == "True"
-torch.manual_seed(0)
-model = IntrospectiveVAE.build((3, 1024, 1024), "conv", 512)
-if forget:
-    use_gradient_checkpointing(model.encoder)
-    use_gradient_checkpointing(model.decoder)
-step = IntrospectiveStep(model, SoftIntroVAE(), precision=precision)
-x = torch.rand(1, 3, 1024, 1024)
-step(x)
-start = time.perf_counter()
-step(x)
-seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"seconds": round(seconds, 2), "peak_gib": round(peak, 2)}))
-"""
-
-
-def finish() -> None:
-    if GPU is not None:
-        torch.cuda.synchronize()
-
-
-class Contestant:
-    """A process of its own that takes one step whenever it is told to: with its own memory, and idle in between."""
-
-    def __init__(self, **setting: Any) -> None:
-        words = [sys.executable, __file__, "--contestant", json.dumps(setting)]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.seconds: list[float] = []
-
-    def go(self, count: int) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit("a contestant failed")
-        self.seconds += json.loads(line)
-
-    def milliseconds(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        return round(1000 * median(self.seconds), 2)
+POINTS = {"shape": [2], "batch": 512, "network": "mlp", "latent_dim": 2}
+DIGITS = {"shape": [1, 8, 8], "batch": 64, "network": "mlp", "latent_dim": 32, "options": {"hidden": 512}}
+MNIST = {"shape": [1, 28, 28], "batch": 64}
+CIFAR = {"shape": [3, 32, 32], "batch": 32}
+LARGER = {"shape": [3, 128, 128], "batch": 64, "latent_dim": 256}
 
 
 def contestant(setting: dict[str, Any]) -> None:
-    """Answer each number of steps on standard input with their times."""
     with keep_freed_memory() if setting.pop("keep") else nullcontext():
         run = runner(**setting)
-        for line in sys.stdin:
-            seconds = []
-            for _ in range(int(line)):
-                finish()
-                start = time.perf_counter()
-                run()
-                finish()
-                seconds.append(time.perf_counter() - start)
-            print(json.dumps(seconds), flush=True)
+        flops = counted_flops(run) if setting["kind"] == "ours" else None
+        compete(run, torch.device(setting["device"]), {"flops": flops})
 
 
 def runner(
@@ -110,7 +66,7 @@ def runner(
     batch: int,
     kind: str,
     *,
-    device: str = "cpu",
+    device: str,
     network: str = "conv",
     latent_dim: int = 128,
     objective: str = "SoftIntroVAE",
@@ -129,12 +85,7 @@ def runner(
             torch.optim.Adam(players[1].parameters(), lr=2e-4),
         )
         losses = PSEUDO_CODE[objective]
-
-        def plain() -> None:
-            with float32_multiplications(tf32=False):
-                textbook.update(*players, optimizers, x, noise, losses, official=True, real_again=False)
-
-        return plain
+        return lambda: textbook.update(*players, optimizers, x, noise, losses, official=True, real_again=False)
     chosen = SoftIntroVAE(**SOFT) if objective == "SoftIntroVAE" else IntroVAE(**HINGE)
     captured = compile == "cudagraph"
     step: Any = IntrospectiveStep(model, chosen, lr=2e-4, precision=precision, capturable=captured)
@@ -148,161 +99,90 @@ def runner(
     return ours
 
 
+def kinds(device: torch.device, shape: list[int], short: bool) -> dict[str, dict[str, Any]]:
+    """The ways to take our step that are compared (precision, compilation, memory)."""
+    precision = pick_precision("auto", device, tuple(shape))
+    if device.type != "cuda":
+        found: dict[str, dict[str, Any]] = {"equal gradients": {}}
+        if device.type == "cpu" and not short:
+            found["equal gradients, memory as it comes"] = {"keep": False}
+        return found if precision == "float32" else {**found, "default": {"precision": precision}}
+    found = {
+        "eager": {"precision": precision},
+        "captured": {"precision": precision, "compile": "cudagraph"},
+    }
+    if len(shape) == 3 and not short:
+        found["captured, TF32"] = {"precision": "tf32", "compile": "cudagraph"}
+    return found
+
+
 def case(
-    name: str, kinds: dict[str, dict[str, Any]], *, rounds: int, steps: int = 1, **setting: Any
+    name: str, device: torch.device, ways: dict[str, dict[str, Any]], *, rounds: int, runs: int = 1, **setting: Any
 ) -> list[dict[str, Any]]:
-    """Textbook against `kinds` (precision, compilation, memory), in turns of some steps."""
-    textbooks = Contestant(kind="textbook", keep=False, **setting)
-    contestants = {kind: Contestant(kind="ours", **{"keep": True, **own}, **setting) for kind, own in kinds.items()}
-    everybody = [textbooks, *contestants.values()]
-    for turn in range(rounds + 1):
-        for one in everybody:
-            one.go(max(2, steps) if turn == 0 else steps)
-            if turn == 0:
-                one.seconds.clear()
-    plain = textbooks.milliseconds()
+    """Textbook against ours, in turns of some steps."""
+    shared = {"device": str(device), **setting}
+    plain = Contestant({"kind": "textbook", "keep": False, **shared})
+    ours = {way: Contestant({"kind": "ours", "keep": True, **own, **shared}) for way, own in ways.items()}
+    rates: dict[str, list[float]] = {own.get("precision", "float32"): [] for own in ways.values()}
+
+    def measure() -> None:
+        for precision, found in rates.items():
+            found.append(matrix_rate(device, precision))
+
+    take_turns([plain, *ours.values()], rounds, runs, measure)
+    plain.end()
     rows = []
-    for kind, one in contestants.items():
-        milliseconds = one.milliseconds()
+    for way, one in ours.items():
+        one.end()
+        precision = ways[way].get("precision", "float32")
+        rate = median(rates[precision])
         row = {
-            "case": f"{name}, {kind}",
-            "device": setting.get("device", "cpu"),
-            "precision": kinds[kind].get("precision", "float32"),
-            "compile": kinds[kind].get("compile", "none"),
-            "textbook_ms": plain,
-            "ours_ms": milliseconds,
-            "ratio": round(plain / milliseconds, 2),
+            "case": f"{name}, {way}",
+            "device": str(device),
+            "precision": precision,
+            "compile": ways[way].get("compile", "none"),
+            "textbook_ms": round(1000 * plain.seconds, 2),
+            "ours_ms": round(1000 * one.seconds, 2),
+            "ratio": round(paired(plain, one), 2),
+            "matrix_gflops": round(rate / 1e9),
+            "gflops_share": round(one.facts["flops"] / one.seconds / rate, 3),
         }
-        print(row, flush=True)
+        progress(f"{row['case']}: {row['ratio']}")
         rows.append(row)
     return rows
 
 
-def against_textbook(rounds: int) -> list[dict[str, Any]]:
-    precision = pick_precision("auto", torch.device("cpu"), (3, 32, 32))
-    kinds: dict[str, dict[str, Any]] = {"equal gradients": {}, "equal gradients, memory as it comes": {"keep": False}}
-    both = {**kinds, "default": {"precision": precision}} if precision != "float32" else kinds
-    digits = {"shape": [1, 8, 8], "batch": 64, "network": "mlp", "latent_dim": 32, "options": {"hidden": 512}}
-    mnist, cifar = {"shape": [1, 28, 28], "batch": 64}, {"shape": [3, 32, 32], "batch": 32}
-    points = {"shape": [2], "batch": 512, "network": "mlp", "latent_dim": 2}
-    return [
-        *case("MLP 3 x 256, 2D, batch 512", kinds, rounds=rounds, steps=30, **points),
-        *case("MLP 3 x 512, digits, batch 64", both, rounds=rounds, steps=30, **digits),
-        *case("conv MNIST, batch 64", both, rounds=rounds, **mnist),
-        *case("conv CIFAR-10, batch 32", both, rounds=rounds, **cifar),
-        *case("conv CIFAR-10, batch 32, batch norm", both, rounds=rounds, **cifar, options={"norm": "batch"}),
-        *case("conv CIFAR-10, batch 32, IntroVAE", both, rounds=rounds, **cifar, objective="IntroVAE"),
-    ]
-
-
-def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            finish()
-            start = time.perf_counter()
-            run()
-            finish()
-            if turn > 1:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: round(1000 * median(times), 2) for name, times in seconds.items()}
-
-
-def per_pixel(rounds: int) -> list[dict[str, Any]]:
-    """The same channels at 64 px and at 256 px, as many pixels in a batch, blocks down to the same 4 px."""
-    runs, sizes = {}, {64: (16, 4), 256: (1, 6)}
-    precision = pick_precision("auto", torch.device("cpu"), (3, 64, 64))
-    for side, (batch, halvings) in sizes.items():
-        options = {"channels": [64] * halvings}
-        runs[str(side)] = runner([3, side, side], batch, "ours", options=options, precision=precision)
-    with keep_freed_memory():
-        found = alternate(runs, rounds)
-    row = {
-        "case": "conv, 64 channels at all resolutions, 65,536 pixels: 256 px against 64 px",
-        "device": "cpu",
-        "precision": precision,
-        "ms_64": found["64"],
-        "ms_256": found["256"],
-        "ratio": round(found["256"] / found["64"], 3),
-    }
-    print(row, flush=True)
-    return [row]
-
-
-def large() -> list[dict[str, Any]]:
-    """A step at 1024 px, batch 1, in a process of its own, and its largest memory."""
+def all_cases(device: torch.device, rounds: int, short: bool) -> list[dict[str, Any]]:
+    runs, few = 1 if device.type == "cpu" else 10, max(3, rounds // 3)
     rows = []
-    precision = pick_precision("auto", torch.device("cpu"), (3, 64, 64))
-    for forget in (True, False):
-        words = [sys.executable, "-c", LARGE, precision, str(forget)]
-        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        kept = "gradient checkpointing" if forget else "everything kept"
-        row = {"case": f"conv 1024 px, batch 1, {kept}", "device": "cpu", "precision": precision, **found}
-        print(row, flush=True)
-        rows.append(row)
+
+    def add(name: str, rounds: int, runs: int, **setting: Any) -> None:
+        rows.extend(case(name, device, kinds(device, setting["shape"], short), rounds=rounds, runs=runs, **setting))
+
+    add("MLP 3 x 256, 2D, batch 512", rounds, 30, **POINTS)
+    if not short:
+        add("MLP 3 x 512, digits, batch 64", rounds, 30, **DIGITS)
+    add("conv MNIST, batch 64", rounds, runs, **MNIST)
+    add("conv CIFAR-10, batch 32", rounds, runs, **CIFAR)
+    if not short:
+        add("conv CIFAR-10, batch 256", few, runs, **{**CIFAR, "batch": 256})
+        add("conv CIFAR-10, batch 32, batch norm", rounds, runs, **CIFAR, options={"norm": "batch"})
+        add("conv CIFAR-10, batch 32, IntroVAE", rounds, runs, **CIFAR, objective="IntroVAE")
+    if device.type == "cuda" and not short:
+        way = {"eager": {"precision": pick_precision("auto", device, (3, 128, 128))}}
+        rows.extend(case("conv 128 px, batch 64", device, way, rounds=few, runs=runs, **LARGER))
     return rows
-
-
-def matrix_rate(side: int = 8192) -> float:
-    """bf16 multiply-adds of large matrices, in FLOP/s."""
-    a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
-    found = alternate({"matmul": lambda: a @ a}, 20)
-    return 2 * side**3 / (found["matmul"] / 1000)
-
-
-def on_gpu() -> list[dict[str, Any]]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    kinds = {
-        "eager": {"precision": "bf16"},
-        "captured": {"precision": "bf16", "compile": "cudagraph"},
-        "captured, TF32": {"precision": "tf32", "compile": "cudagraph"},
-    }
-    rows = []
-    for batch in (32, 256):
-        setting = {"shape": [3, 32, 32], "batch": batch, "device": "cuda"}
-        rows += case(f"conv CIFAR-10, batch {batch}", kinds, rounds=10, steps=10, **setting)
-    flat = {"eager": {}, "captured": {"compile": "cudagraph"}}
-    points = {"shape": [2], "batch": 512, "network": "mlp", "latent_dim": 2, "device": "cuda"}
-    rows += case("MLP 3 x 256, 2D, batch 512", flat, rounds=10, steps=30, **points)
-    run = runner([3, 128, 128], 64, "ours", device="cuda", latent_dim=256, precision="bf16")
-    with FlopCounterMode(display=False) as counted:
-        run()
-    milliseconds, rate = alternate({"step": run}, 10)["step"], matrix_rate()
-    share = counted.get_total_flops() / (milliseconds / 1000) / rate
-    row = {
-        "case": "conv 128 px, batch 64: share of the measured bf16 matrix rate",
-        "device": "cuda",
-        "precision": "bf16",
-        "ours_ms": milliseconds,
-        "matrix_tflops": round(rate / 1e12, 1),
-        "share": round(share, 3),
-    }
-    print(row, flush=True)
-    return [*rows, row]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of the slow cases (default: 9)")
-    parser.add_argument("--contestant", type=json.loads, help=argparse.SUPPRESS)
-    own = parser.parse_args()
+    options = parser(__doc__)
+    device_option(options)
+    options.add_argument("--rounds", type=int, help="timed rounds (default: 9; short: 3)")
+    own = options.parse_args()
     if own.contestant:
         return contestant(own.contestant)
-    cases = against_textbook(own.rounds) + per_pixel(own.rounds) + large()
-    if GPU is not None:
-        cases += on_gpu()
-    result = {
-        "machine": dict(hardware()),
-        "versions": dict(versions()),
-        "date": time.strftime("%Y-%m-%d"),
-        "cases": cases,
-    }
-    if own.json:
-        own.json.write_text(json.dumps(result, indent=2) + "\n")
-    return None
+    rounds = own.rounds or (3 if own.short else 9)
+    return report(all_cases(own.device, rounds, own.short), own.json)
 
 
 if __name__ == "__main__":

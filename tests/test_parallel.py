@@ -286,6 +286,11 @@ def test_a_launcher_is_known_by_its_environment(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert (launched(), speaks()) == (False, True)  # a batch system says how many, and starts one
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (launched(), speaks()) == (several, first)
 
 
