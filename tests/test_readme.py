@@ -63,7 +63,7 @@ def test_what_the_readme_points_at_exists() -> None:
     assert not re.search(r"\b(TODO|FIXME|REPLACE)_?", README)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).is_file(), target
-    for option in set(re.findall(r"`(--[a-z-]+)", README)):
+    for option in set(re.findall(r"`(--[a-z_-]+)", README)):
         assert known_option(option), f"{option} is no option"
 
 

@@ -99,7 +99,10 @@ class Plan:
         return self.before + self.step_bytes(max(1, share))
 
     def largest_batch(self) -> int | None:
-        """The largest batch (over all processes) that fits the free memory, None where the system does not say."""
+        """The largest batch (over all processes) that fits the free memory, None where the system does not say.
+
+        It may be larger than the data.
+        """
         free = free_bytes(self.device)
         if free is None:
             return None
