@@ -58,7 +58,7 @@ def contestant(setting: dict[str, Any]) -> None:
     def peak() -> dict[str, Any]:
         return {"peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()}
 
-    with keep_freed_memory(), float32_multiplications(tf32=precision != "float32"):
+    with keep_freed_memory(), float32_multiplications(tf32=precision == "tf32"):
         flops = peers.count * counted_flops(lambda: step(x))
         compete(lambda: step(x), device, {"flops": flops, "base": base}, peak, peers)
 

@@ -93,7 +93,7 @@ def runner(
     values = {name: x.new_tensor(value) for name, value in chosen.values().items()}
 
     def ours() -> None:
-        with float32_multiplications(tf32=precision != "float32"):
+        with float32_multiplications(tf32=precision == "tf32"):
             step(x, noise, values)
 
     return ours

@@ -31,6 +31,7 @@ from introvae import (
 from introvae.capture import EAGER_STEPS, MAX_GRAPHS, CapturedStep, Record
 from introvae.objectives import Values
 from introvae.parallel import Alone
+from test_runs import assert_same
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -88,23 +89,6 @@ def batch(index: int, n: int = 4, network: str = "mlp") -> tuple[Tensor, Noise]:
 
 def values_of(objective: Objective, factor: float = 1.0, progress: float = 0.06) -> dict[str, Tensor]:
     return {name: torch.tensor(factor * value) for name, value in objective.values(progress).items()}
-
-
-def assert_same(a: Any, b: Any, where: str = "state") -> None:
-    """Bit-equal tensors in nested plain values."""
-    if isinstance(a, Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    else:
-        assert a == b, where
 
 
 class Both:

@@ -47,7 +47,7 @@ class CapturedStep:
         capture: Callable[[Callable[[], Record]], tuple[Callable[[], None], Record]] | None = None,
     ) -> None:
         self.step, self._capture = step, capture or _capture
-        self._side: Callable[[], AbstractContextManager[Any]] = _side_stream if capture is None else nullcontext
+        self._side: Callable[[], AbstractContextManager[Any]] = _SideStream if capture is None else nullcontext
         if capture is None and step.model.device.type != "cuda":
             raise ConfigError(f"CUDA graphs need an NVIDIA GPU, the model is on {step.model.device}: take compile none")
         if step.peers.count > 1:
@@ -102,8 +102,7 @@ class CapturedStep:
         try:
             kind.play, kind.record = self._capture(lambda: self.step(kind.inputs["x"], noise, values, warming=warming))
         except RuntimeError as error:
-            reason = first_line(error)
-            log.info("CUDA graphs cannot record this step (%s): it goes on without", reason)
+            log.info("CUDA graphs cannot record this step (%s): it goes on without", first_line(error))
             self._failed = True
             for optimizer in (self.step.encoder_optimizer, self.step.decoder_optimizer):
                 optimizer.zero_grad(set_to_none=True)
@@ -144,10 +143,6 @@ class _SideStream:
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
         torch.cuda.current_stream().wait_stream(self.stream)
-
-
-def _side_stream() -> _SideStream:
-    return _SideStream()
 
 
 def _capture(run: Callable[[], Record]) -> tuple[Callable[[], None], Record]:
