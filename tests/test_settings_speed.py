@@ -15,7 +15,8 @@ from introvae import VAE, ConfigError, FitConfig, Run, RunError, SoftIntroVAE, f
 from introvae.capture import CapturedStep
 from introvae.step import IntrospectiveStep
 from introvae.training.fit import MACHINES, config_for
-from introvae.training.loop import Trainer, can_compile
+from introvae.training.devices import can_compile
+from introvae.training.loop import Trainer
 
 PLANE = ("fit", "--data", "density:rings", "--network", "tiny-mlp", "--recipe", "none", "--steps", 2, "--quiet")
 DIGITS = ("fit", "--data", "digits", "--network", "tiny-conv", "--recipe", "none", "--steps", 2, "--quiet")

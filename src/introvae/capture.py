@@ -65,10 +65,18 @@ class CapturedStep:
         self.step.objective = objective
 
     def __call__(
-        self, x: Tensor, noise: Noise | None = None, values: Values | None = None, *, warming: bool = False
+        self,
+        x: Tensor,
+        noise: Noise | None = None,
+        values: Values | None = None,
+        *,
+        warming: bool = False,
+        gradients: bool = False,
     ) -> Record:
-        """As `IntrospectiveStep.__call__`."""
+        """As `IntrospectiveStep.__call__`; a step that reports gradients is rare and runs as it comes."""
         step = self.step
+        if gradients:
+            return step(x, noise, values, warming=warming, gradients=True)
         if noise is None:
             noise = Noise.draw(len(x), step.model.latent_dim, device=x.device, dtype=x.dtype)
         if values is None:

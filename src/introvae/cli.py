@@ -304,7 +304,7 @@ def _doctor(words: list[str]) -> None:
     from introvae.extras import missing_extras
     from introvae.machine import hardware, versions
     from introvae.precision import pick_precision
-    from introvae.training.loop import pick_device
+    from introvae.training.devices import pick_device
 
     precision = pick_precision("auto", pick_device("auto"), (3, 32, 32))
     chosen = [

@@ -104,7 +104,7 @@ class IntrospectiveStep:
         >>> model = IntrospectiveVAE.build(shape=(2,), network="tiny-mlp", latent_dim=2)
         >>> step = IntrospectiveStep(model, SoftIntroVAE(beta_neg=1.0))
         >>> sorted(step(torch.randn(16, 2)))
-        ['kl_real', 'kl_reconstruction', 'kl_sample', 'loss_decoder', 'loss_encoder', 'rec']
+        ['kl_real', 'kl_reconstruction', 'kl_sample', 'loss_decoder', 'loss_encoder', 'rec', 'variance_ratio']
     """
 
     def __init__(
@@ -145,7 +145,13 @@ class IntrospectiveStep:
         return torch.optim.Adam(params, lr=rate, betas=betas, fused=True, capturable=self.capturable)
 
     def __call__(
-        self, x: Tensor, noise: Noise | None = None, values: Values | None = None, *, warming: bool = False
+        self,
+        x: Tensor,
+        noise: Noise | None = None,
+        values: Values | None = None,
+        *,
+        warming: bool = False,
+        gradients: bool = False,
     ) -> dict[str, Tensor]:
         """Update both players on the batch `x: [N, ...]`.
 
@@ -154,10 +160,14 @@ class IntrospectiveStep:
             noise: the step's normal draws; drawn from torch's default generator when not given.
             values: the objective's changeable settings as 0-d tensors; its own when not given.
             warming: take a VAE's step with the warm-up's loss instead.
+            gradients: report the norms of the decoder's gradient too, of its two parts apart: what the fakes' terms
+                say and what the reconstruction of real images says. Costs a backward pass more.
 
         Returns:
             Detached scalars: rec (squared error summed over pixels), kl_* in nats and loss_encoder, all before the
-            update; loss_decoder after the encoder's. A step without fakes leaves theirs out.
+            update; loss_decoder after the encoder's; variance_ratio, the variance of the samples over the batch as a
+            share of that of the real images. A step without fakes leaves theirs out. With `gradients`,
+            gradient_adversarial and gradient_reconstruction: Euclidean norms over all of the decoder's weights.
 
         Raises:
             DataError: x has another shape than the model takes, or is too small a batch for the objective.
@@ -169,7 +179,7 @@ class IntrospectiveStep:
             values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
         if warming or not self.objective.adversarial:
             return self._joint(x, noise, values, warming)
-        return self._two_player(x, noise, values)
+        return self._two_player(x, noise, values, gradients)
 
     def _joint(self, x: Tensor, noise: Noise, values: Values, warming: bool) -> dict[str, Tensor]:
         records = []
@@ -189,16 +199,27 @@ class IntrospectiveStep:
         self._update(self.decoder_optimizer, self.decoder_params)
         return _mean(records)
 
-    def _two_player(self, x: Tensor, noise: Noise, values: Values) -> dict[str, Tensor]:
+    def _two_player(self, x: Tensor, noise: Noise, values: Values, gradients: bool) -> dict[str, Tensor]:
         parts = self._parts(x, noise)
         seen = [self._for_encoder(part, its_noise, values) for part, its_noise in parts]
         self._update(self.encoder_optimizer, self.encoder_params)
+        apart = [torch.zeros_like(p) for p in self.decoder_params] if gradients else []
         records = [
-            {**before.record, "loss_decoder": self._for_decoder(part, its_noise, values, before)}
+            {**before.record, "loss_decoder": self._for_decoder(part, its_noise, values, before, apart)}
             for (part, its_noise), before in zip(parts, seen, strict=True)
         ]
+        norms = self._norms(apart) if gradients else {}
         self._update(self.decoder_optimizer, self.decoder_params)
-        return _mean(records)
+        return {**_mean(records), **norms}
+
+    def _norms(self, adversarial: list[Tensor]) -> dict[str, Tensor]:
+        """Norms of the decoder's gradient: of its adversarial part, which is given, and of the rest."""
+        rest = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.decoder_params]
+        torch._foreach_sub_(rest, adversarial)  # pyright: ignore[reportPrivateImportUsage]
+        if self.peers.count > 1:
+            self.peers.average([*adversarial, *rest])
+        parts = {"gradient_adversarial": adversarial, "gradient_reconstruction": rest}
+        return {name: nn.utils.get_total_norm(part) for name, part in parts.items()}
 
     def _for_encoder(self, x: Tensor, noise: Noise, values: Values) -> _Seen:
         """The encoder's gradients; fakes are given."""
@@ -221,8 +242,10 @@ class IntrospectiveStep:
         kept = (reconstruction, sample) if self.share and self.accumulation == 1 else None
         return _Seen(leaf.detach(), posterior.detach(), kept, _record(real, judged, loss, None))
 
-    def _for_decoder(self, x: Tensor, noise: Noise, values: Values, seen: _Seen) -> Tensor:
-        """The decoder's gradients, judged by the updated encoder; its loss."""
+    def _for_decoder(self, x: Tensor, noise: Noise, values: Values, seen: _Seen, apart: list[Tensor]) -> Tensor:
+        """The decoder's gradients, judged by the updated encoder; its loss. The gradients of the fakes' terms alone
+        are added to `apart`, unless that is empty.
+        """
         objective, posterior = self.objective, seen.posterior
         with self._autocast(x):
             reconstruction, sample = seen.decoded or self._decode(seen.z, noise.prior)
@@ -234,6 +257,13 @@ class IntrospectiveStep:
             judged = self._judge(fakes, latents, noise.again, objective.reads_fake_rec_in_decoder)
         real = self._of_all(Judged(x, seen.z, posterior, squared_error(x, reconstruction)))
         loss = objective.decoder_loss(real, judged, values)
+        if apart:
+            given = replace(real, reconstruction_error=real.rec.detach())
+            alone = objective.decoder_loss(given, judged, values) / self.accumulation
+            found = torch.autograd.grad(
+                alone, self.decoder_params, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            torch._foreach_add_(apart, found)  # pyright: ignore[reportPrivateImportUsage]
         self._backward(loss, self.decoder_params)
         return loss.detach()
 
@@ -369,6 +399,12 @@ def _mean(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([record[name] for record in records]).mean() for name in records[0]}
 
 
+def _variance(x: Tensor) -> Tensor:
+    """Variance over the batch, summed over pixels; a scalar."""
+    x = x.detach().flatten(1)
+    return (x - x.mean(dim=0)).square().mean(dim=0).sum()
+
+
 def _record(
     real: Judged, fakes: tuple[Judged, ...], loss_encoder: Tensor, loss_decoder: Tensor | None
 ) -> dict[str, Tensor]:
@@ -376,6 +412,8 @@ def _record(
         record = {"rec": real.rec.mean(), "kl_real": real.kl.mean(), "loss_encoder": loss_encoder.detach()}
         for name, fake in zip(("kl_reconstruction", "kl_sample"), fakes, strict=False):
             record[name] = fake.kl.mean()
+        if fakes:
+            record["variance_ratio"] = _variance(fakes[1].x) / _variance(real.x)
         if loss_decoder is not None:
             record["loss_decoder"] = loss_decoder.detach()
     return record

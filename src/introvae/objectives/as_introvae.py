@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError, DataError, not_negative, one_of, positive
 from introvae.gaussian import DiagonalGaussian
-from introvae.objectives.base import Judged, Objective, Values, mean_over_fakes
-from introvae.objectives.soft_introvae import SoftIntroVAE
+from introvae.objectives.base import AUTO, Judged, Objective, Values, mean_over_fakes
+from introvae.objectives.soft_introvae import SoftIntroVAE, with_beta_neg
 
 VARIANCE_FLOOR = 1e-4
 """Smallest posterior variance inside the kernel: without it the encoder could raise D just by shrinking variances."""
@@ -56,7 +56,7 @@ class ASIntroVAE(Objective):
 
     beta_rec: float = 1.0
     beta_kl: float = 1.0
-    beta_neg: float = 256.0
+    beta_neg: float | Literal["auto"] | None = 256.0
     distance_weight: float = 1.0
     kernel: str = "marginal"
     contrast: str = "reconstruction-sample"
@@ -71,7 +71,9 @@ class ASIntroVAE(Objective):
 
     def __post_init__(self) -> None:
         positive(beta_rec=self.beta_rec, annealing_rate=self.annealing_rate)
-        not_negative(beta_kl=self.beta_kl, beta_neg=self.beta_neg, distance_weight=self.distance_weight)
+        not_negative(beta_kl=self.beta_kl, distance_weight=self.distance_weight)
+        if self.beta_neg not in (None, AUTO):
+            not_negative(beta_neg=self.beta_neg)
         if self.scale is not None:
             positive(scale=self.scale)
         one_of(("marginal", "joint"), kernel=self.kernel)
@@ -92,14 +94,22 @@ class ASIntroVAE(Objective):
     def scale_of(self, x: Tensor) -> float:
         return self.scale if self.scale is not None else 1.0 / x[0].numel()
 
+    def fitted(self, pixels: int) -> ASIntroVAE:
+        return with_beta_neg(self, pixels, None)
+
+    def started(self, pixels: int) -> ASIntroVAE:
+        return with_beta_neg(self, pixels, AUTO)
+
     def values(self, progress: float = 1.0) -> dict[str, float]:
+        return {**super().values(progress), "c": self._annealed(progress)}
+
+    def _annealed(self, progress: float) -> float:
         annealing = self.annealing or ("tanh" if self.variant == "official_code" else "linear")
         linear = self.annealing_rate * progress
-        c = min(linear, 1.0) if annealing == "linear" else math.tanh(linear)
-        return {**super().values(progress), "c": c}
+        return min(linear, 1.0) if annealing == "linear" else math.tanh(linear)
 
     def at(self, progress: float) -> Objective:
-        if self.values(progress)["c"] < 1 or self.variant == "official_code" or type(self) is not ASIntroVAE:
+        if self._annealed(progress) < 1 or self.variant == "official_code" or type(self) is not ASIntroVAE:
             return self
         return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg, scale=self.scale)
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from introvae.errors import ConfigError, not_negative, positive
 from introvae.gaussian import DiagonalGaussian
 
+AUTO = "auto"
+"""A setting that finds its own value during training."""
+
 Values = Mapping[str, Tensor]
 """What may change during a run (betas, margin, annealing), as 0-d tensors by name."""
 
@@ -95,11 +98,28 @@ class Objective:
         """The factor s in front of the losses; 1 unless an objective has one."""
         return 1.0
 
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """The changeable settings that are "auto": training finds their values (`introvae.training.balance`)."""
+        return tuple(name for name in self.tunable if getattr(self, name) == AUTO)
+
+    def started(self, pixels: int) -> Objective:
+        """The same with a number for each "auto", to start from, for samples of this many values."""
+        if self.automatic:
+            raise ConfigError(f"{type(self).__name__} has no rule for {self.automatic[0]} 'auto': give a number")
+        return self
+
     def values(self, progress: float = 1.0) -> dict[str, float]:
-        """The changeable settings after the share `progress` in [0, 1] of the adversarial steps."""
+        """The changeable settings after the share `progress` in [0, 1] of the adversarial steps.
+
+        Raises:
+            ConfigError: a setting has no number yet.
+        """
         for name in self.tunable:
             if getattr(self, name) is None:
                 raise ConfigError(f"{name} is not chosen yet: give a number, or use objective.fitted(pixels)")
+            if getattr(self, name) == AUTO:
+                raise ConfigError(f"{name} 'auto' is found by the training loop: give a number, or train with fit")
         return {name: float(getattr(self, name)) for name in self.tunable}
 
     def at(self, progress: float) -> Objective:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from introvae.errors import not_negative, one_of, positive
-from introvae.objectives.base import Judged, Objective, Values
+from introvae.objectives.base import AUTO, Judged, Objective, Values
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class IntroVAE(Objective):
     Arguments:
         beta: weight of AE, half the squared error summed over pixels.
         alpha: weight of the adversarial terms.
-        margin: m, in nats; a little above the KL of a VAE with the same beta (App. D).
+        margin: m, in nats; a little above the KL of a VAE with the same beta (App. D). "auto" takes the KL that the
+            warm-up ends with, times `introvae.training.balance.MARGIN_OVER_KL`.
         variant: "paper", or "official_code": the hinge acts on the batch mean of the KL, as in Eq. 11 with Eq. 9's
             sum over N and in the authors' code.
 
@@ -36,19 +37,24 @@ class IntroVAE(Objective):
 
     beta: float = 0.1
     alpha: float = 0.25
-    margin: float = 120.0
+    margin: float | Literal["auto"] = 120.0
     variant: str = "paper"
 
     tunable: ClassVar[tuple[str, ...]] = ("beta", "alpha", "margin")
 
     def __post_init__(self) -> None:
         positive(beta=self.beta)
-        not_negative(alpha=self.alpha, margin=self.margin)
+        not_negative(alpha=self.alpha)
+        if self.margin != AUTO:
+            not_negative(margin=self.margin)
         one_of(("paper", "official_code"), variant=self.variant)
 
     @property
     def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.variant == "official_code"
+
+    def started(self, pixels: int) -> IntroVAE:
+        return replace(self, margin=type(self).margin) if self.margin == AUTO else self
 
     def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         loss = real.kl.mean() + values["beta"] * 0.5 * real.rec.mean()

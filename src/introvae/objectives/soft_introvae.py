@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from introvae.errors import not_negative, one_of, positive
-from introvae.objectives.base import Judged, Objective, Values, mean_over_fakes
+from introvae.objectives.base import AUTO, Judged, Objective, Values, mean_over_fakes
+
+if TYPE_CHECKING:
+    from introvae.objectives.as_introvae import ASIntroVAE
 
 RELATIVE_BETA_NEG = 0.05
 """s beta_neg. The encoder's push on a fake's KL, s beta_neg exp(-alpha s beta_neg KL), balances the decoder's push,
@@ -29,7 +32,7 @@ class SoftIntroVAE(Objective):
         beta_kl: weight of the KL of real images (encoder) and of fakes (decoder), in nats.
         beta_neg: weight of the fakes' KL inside the encoder's exponential. Too small: training diverges. Too big:
             KL(fake) falls under KL(real) and the adversary sleeps. None is `RELATIVE_BETA_NEG` / s, chosen when the
-            data are known.
+            data are known; "auto" is found during training, so that KL(fake) stays a little above KL(real).
         gamma_r: weight of the fakes' reconstruction in the decoder's loss. The authors' 1e-8 changes gradients by
             5e-9 relative, so the default is 0, which saves the second decode.
         alpha: sharpness of the exponential (the paper's 2).
@@ -49,7 +52,7 @@ class SoftIntroVAE(Objective):
 
     beta_rec: float = 1.0
     beta_kl: float = 1.0
-    beta_neg: float | None = 256.0
+    beta_neg: float | Literal["auto"] | None = 256.0
     gamma_r: float = 0.0
     alpha: float = 2.0
     scale: float | None = None
@@ -61,7 +64,7 @@ class SoftIntroVAE(Objective):
     def __post_init__(self) -> None:
         positive(beta_rec=self.beta_rec, alpha=self.alpha)
         not_negative(beta_kl=self.beta_kl, gamma_r=self.gamma_r)
-        if self.beta_neg is not None:
+        if self.beta_neg not in (None, AUTO):
             not_negative(beta_neg=self.beta_neg)
         if self.scale is not None:
             positive(scale=self.scale)
@@ -80,8 +83,10 @@ class SoftIntroVAE(Objective):
             >>> SoftIntroVAE(beta_neg=None).fitted(pixels=64 * 64).beta_neg
             204.8
         """
-        scale = self.scale if self.scale is not None else 1 / pixels
-        return self if self.beta_neg is not None else replace(self, beta_neg=RELATIVE_BETA_NEG / scale)
+        return with_beta_neg(self, pixels, None)
+
+    def started(self, pixels: int) -> SoftIntroVAE:
+        return with_beta_neg(self, pixels, AUTO)
 
     def scale_of(self, x: Tensor) -> float:
         return self.scale if self.scale is not None else 1.0 / x[0].numel()
@@ -101,3 +106,16 @@ class SoftIntroVAE(Objective):
 
     def _weights(self, real: Judged, values: Values) -> tuple[float, Tensor, Tensor, Tensor]:
         return self.scale_of(real.x), values["beta_rec"], values["beta_kl"], values["beta_neg"]
+
+
+Balanced = TypeVar("Balanced", "SoftIntroVAE", "ASIntroVAE")
+
+
+def with_beta_neg(objective: Balanced, pixels: int, unset: str | None) -> Balanced:
+    """The objective with `RELATIVE_BETA_NEG` / s as its beta_neg, for samples of this many values, where that is
+    `unset` (None, or "auto", which starts there).
+    """
+    if objective.beta_neg != unset:
+        return objective
+    scale = objective.scale if objective.scale is not None else 1 / pixels
+    return replace(objective, beta_neg=RELATIVE_BETA_NEG / scale)

@@ -22,6 +22,7 @@ from introvae.precision import PRECISIONS
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+GUARDS = ("act", "warn", "off")
 COMPILERS = ("none", "cudagraph", "inductor")
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_STEPS = 10_000
@@ -62,6 +63,8 @@ class FitConfig(DataOptions):
         accumulation: parts in which a batch goes through each phase of a step, for less memory, with the same result;
             not for objectives that compare the samples of a batch.
         flip: mirror images at random.
+        guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
+            or off; docs/training.md tells what it recognises.
         out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
 
     Raises:
@@ -97,6 +100,7 @@ class FitConfig(DataOptions):
     gradient_checkpointing: bool = False
     accumulation: int = 1
     flip: bool = False
+    guard: str = "act"
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +129,7 @@ class FitConfig(DataOptions):
         one_of(("constant", "cosine", "milestones"), lr_schedule=self.lr_schedule)
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILERS, compile=self.compile)
+        one_of(GUARDS, guard=self.guard)
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
             raise ConfigError("lr_milestones and lr_schedule='milestones' go together: give both or neither")
         shares = {f"lr_milestones[{i}]": share for i, share in enumerate(self.lr_milestones)}

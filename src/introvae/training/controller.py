@@ -9,21 +9,43 @@ import torch
 from torch import Tensor
 
 from introvae.objectives import Objective
+from introvae.parallel import Alone
+from introvae.training.balance import EVERY, rules_for
 
 
 class Controller:
     """Owns the 0-d tensors that an objective's losses read as `values`.
 
+    Those of fixed settings come from the objective, those of "auto" ones from a rule that sees every few steps' KLs
+    (`introvae.training.balance`).
+
     Arguments:
-        objective: whose settings they are.
+        objective: whose settings they are, fitted to the data.
         warmup_steps: progress counts from there.
         steps: length of the run.
         device: of the tensors.
+        pixels: number of values in a sample.
+        peers: the processes whose samples the rules see.
+
+    Raises:
+        ConfigError: a setting cannot be "auto" here.
     """
 
-    def __init__(self, objective: Objective, warmup_steps: int, steps: int, device: torch.device | str) -> None:
-        self.objective, self.warmup_steps, self.steps = objective, warmup_steps, steps
-        self._last = objective.values(0.0)
+    def __init__(
+        self,
+        objective: Objective,
+        warmup_steps: int,
+        steps: int,
+        device: torch.device | str,
+        pixels: int,
+        peers: Alone | None = None,
+    ) -> None:
+        self.objective, self.warmup_steps, self.steps, self.peers = objective, warmup_steps, steps, peers or Alone()
+        self.scale = objective.scale_of(torch.empty(1, pixels))
+        self._rules = rules_for(objective, self.scale, warmup_steps, device)
+        self._started = objective.started(pixels)
+        self._factors: dict[str, float] = {}
+        self._last = self._started.values(0.0)
         self.values: dict[str, Tensor] = {
             name: torch.tensor(value, device=device) for name, value in self._last.items()
         }
@@ -34,22 +56,70 @@ class Controller:
 
     def update(self, step: int) -> dict[str, Tensor]:
         """The values of step `step`; only those that changed are written to the device."""
-        for name, value in self.objective.values(self.progress(step)).items():
+        for name, value in self._started.values(self.progress(step)).items():
+            if name in self._rules:
+                continue
+            value *= self._factors.get(name, 1.0)
             if value != self._last[name]:
                 self.values[name].fill_(value)
                 self._last[name] = value
+        if step == self.warmup_steps:
+            for name, rule in self._rules.items():
+                rule.begin(self.values[name])
         return self.values
 
+    def observe(self, step: int, record: Mapping[str, Tensor]) -> None:
+        """Let the rules see what step `step` recorded; nothing waits for the device."""
+        if not self._rules or step % EVERY:
+            return
+        warming = step < self.warmup_steps
+        names = ("kl_real",) if warming else ("kl_real", "kl_reconstruction", "kl_sample")
+        kls = torch.stack([record[name].float() for name in names])
+        self.peers.average([kls])
+        fake = None if warming else (kls[1] + kls[2]) / 2
+        for name, rule in self._rules.items():
+            rule.look(kls[0], fake, self.values[name])
+
+    def multiply(self, name: str, factor: float) -> None:
+        """Change a setting for the rest of the run."""
+        self._factors[name] = self._factors.get(name, 1.0) * factor
+        if name in self._rules:
+            self.values[name].mul_(factor)
+            self._rules[name].moved(self.values[name])
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Take the rules back to where they were; what was changed by `multiply` since then stays changed."""
+        then = state["factors"]
+        for name, rule in self._rules.items():
+            rule.load_state_dict(state["rules"][name])
+            self.values[name].copy_(state["found"][name])
+            if self._factors.get(name, 1.0) != then.get(name, 1.0):
+                self.values[name].mul_(self._factors[name] / then.get(name, 1.0))
+                rule.moved(self.values[name])
+
     def plain(self) -> dict[str, float]:
-        """The values as numbers, for the log."""
-        return dict(self._last)
+        """The fixed values as numbers, for the log."""
+        return {name: value for name, value in self._last.items() if name not in self._rules}
+
+    def found(self) -> dict[str, Tensor]:
+        """The values that rules move, as they are now."""
+        return {name: self.values[name].clone() for name in self._rules}
 
     def state_dict(self) -> dict[str, Any]:
-        """The values as numbers."""
-        return {"values": self.plain()}
+        """The values as numbers and the state of the rules."""
+        return {
+            "values": self.plain(),
+            "factors": dict(self._factors),
+            "found": self.found(),
+            "rules": {name: rule.state_dict() for name, rule in self._rules.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
+        self._factors = dict(state.get("factors", {}))
         for name, value in state["values"].items():
             self.values[name].fill_(value)
             self._last[name] = value
+        for name, rule in self._rules.items():
+            self.values[name].copy_(state["found"][name])
+            rule.load_state_dict(state["rules"][name])

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from introvae.capture import CapturedStep
 from introvae.data import ArrayData, Data, load_data
@@ -27,7 +28,6 @@ from introvae.errors import (
     DivergedError,
     InterruptedRunError,
     RunError,
-    first_line,
 )
 from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
@@ -39,8 +39,10 @@ from introvae.step import IntrospectiveStep, Noise
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
 from introvae.training.config import DEFAULT_STEPS, FitConfig
 from introvae.training.controller import Controller
+from introvae.training.devices import can_compile, pick_device, share_statistics
 from introvae.training.ema import Average
 from introvae.training.feed import Feed
+from introvae.training.guard import Guard
 from introvae.training.planner import Plan
 from introvae.training.preview import preview
 from introvae.training.readback import Readback
@@ -117,11 +119,15 @@ class Trainer:
             raise ConfigError(f"flip mirrors images, {self.data.name} has vectors: leave it out")
         self.compile = config.compile
         self.step = self._make_step()
-        self.controller = Controller(config.objective, config.warmup.steps, self.steps, self.device)
+        self.controller = Controller(
+            config.objective, config.warmup.steps, self.steps, self.device, math.prod(self.data.shape), self.peers
+        )
         batches = self.data.batches(config.batch_size, config.seed)
         self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip)
         self.readback = Readback(self.peers)
+        self.guard = Guard(config.guard, config.objective, latent_dim, self.controller, self._live, self.peers)
         self.step_index, self.seconds = 0, 0.0
+        self._record: dict[str, Tensor] = {}
 
     def _make_step(self) -> Step:
         config, captured = self.config, self.compile == "cudagraph"
@@ -148,7 +154,7 @@ class Trainer:
 
         Raises:
             InterruptedRunError: after Ctrl-C or a termination signal; the state is saved.
-            DivergedError: a loss is no longer finite; nothing of it is saved.
+            DivergedError: training went wrong and the guard could not help; nothing of it is saved.
             RunError: the run folder cannot be written.
         """
         try:
@@ -194,6 +200,7 @@ class Trainer:
             lines = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
             stopped = stack.enter_context(_stop_on_signal())
             stack.enter_context(self.feed)
+            self.guard.begin(self.step_index)
             while self.step_index < self.steps:
                 due = self._one_step()
                 bar.update(self.config.batch_size)
@@ -203,6 +210,7 @@ class Trainer:
                 ask = due or self.peers.count == 1 or done % ASK_EVERY == 0
                 stop = ask and self.peers.any(stopped.is_set(), self.device)
                 started = time.perf_counter()
+                self._tell(run, self.guard.see(done, self._record))
                 rows = list(self.readback.rows(wait=bool(save or draw or stop or done == self.steps)))
                 self.seconds += time.perf_counter() - started
                 for row in rows:
@@ -245,14 +253,16 @@ class Trainer:
         warming = index < config.warmup.steps
         x, noise = self.feed.next()
         values = self.controller.update(index)
-        lr = config.lr_at(index, self.steps)
+        lr = config.lr_at(index, self.steps) * self.guard.rate
         self.step.set_lr(lr)
         self.step.objective = config.objective.at(self.controller.progress(index))
         due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
         fakes = self._fakes(x, noise) if due and (warming or not config.objective.adversarial) else {}
         record = self.step(x, noise, values, warming=warming)
+        self.controller.observe(index, record)
         self.average.update(self.model)
         self.step_index += 1
+        self._record = record
         if due:
             self.readback.put(
                 {
@@ -263,7 +273,7 @@ class Trainer:
                     "phase": "warmup" if warming else "train",
                     "lr": lr,
                 },
-                {**record, **fakes},
+                {**record, **fakes, **self.controller.found()},
                 self.controller.plain(),
             )
         self.seconds += time.perf_counter() - started
@@ -281,28 +291,49 @@ class Trainer:
 
     def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            raise self._diverged(run, "the losses are")
+            if row["step"] > self.guard.answered:
+                self._tell(run, self.guard.lost(self.step_index, "the losses are not finite"))
+            return
         lines.write(json.dumps(row) + "\n")
         lines.flush()
         shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
         bar.set_postfix({title: f"{row[name]:.3g}" for name, title in shown.items()}, refresh=False)
 
-    def _diverged(self, run: Run, what: str) -> DivergedError:
+    def _tell(self, run: Run, event: dict[str, Any] | None) -> None:
+        """Log what the guard recognised and did.
+
+        Raises:
+            DivergedError: it had nothing left to do.
+        """
+        if event is None:
+            return
+        if self.peers.first:
+            run.log_event("guard", **event)
+        if event["change"] is not None:
+            back = f"; back to the state of step {event['back_to']}" if "back_to" in event else ""
+            log.info("guard, step %d: %s%s; %s", event["step"], event["cause"], back, event["change"])
+            return
         checkpoints = list_checkpoints(run.checkpoints)
         kept = f" (the last good state is {checkpoints[-1]})" if checkpoints else ""
-        return DivergedError(
-            f"{what} not finite at step {self.step_index} of {self.steps}{kept}: start a new run with a lower lr, a "
-            "longer warm-up or, where the objective has one, a higher beta_neg"
+        tried = f", after {event['attempt']} changes that did not help" if event["attempt"] else ""
+        raise DivergedError(
+            f"{event['cause']} at step {self.step_index} of {self.steps}{tried}{kept}: {event['remedy']}"
         )
+
+    def _live(self) -> list[Tensor]:
+        """All tensors that training changes, but the controller's."""
+        states = tree_leaves([self.step.state_dict(), self.average.model.state_dict()])
+        return [leaf for leaf in states if isinstance(leaf, Tensor)]
 
     def _picture(self, run: Run, name: str) -> None:
         if self.peers.first:
             preview(self.averaged_model(), self.data, run.images / name)
 
     def _save(self, run: Run) -> None:
+        self._tell(run, self.guard.judge(self.step_index))
         weights = [*self.model.parameters(), *self.average.model.parameters()]
         if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
-            raise self._diverged(run, "the weights are")
+            self._tell(run, self.guard.lost(self.step_index, "the weights are not finite"))
         if self.peers.first:
             save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
 
@@ -312,6 +343,7 @@ class Trainer:
             "players": self.step.state_dict(),
             "average": self.average.state_dict(),
             "controller": self.controller.state_dict(),
+            "guard": self.guard.state_dict(),
             **self.feed.state_dict(),
             "seconds": self.seconds,
             "seconds_waited": self.feed.seconds_waited,
@@ -331,6 +363,8 @@ class Trainer:
             self.step.load_state_dict(state["players"])
             self.average.load_state_dict(state["average"])
             self.controller.load_state_dict(state["controller"])
+            if "guard" in state:
+                self.guard.load_state_dict(state["guard"])
             self.feed.load_state_dict(state)
             self.step_index, self.seconds = state["step"], state["seconds"]
             self.feed.seconds_waited = state.get("seconds_waited", 0.0)
@@ -387,59 +421,6 @@ def load_once(config: FitConfig, peers: Alone) -> Data:
     """The data; the first process reads them, the others then find them in the cache."""
     data = peers.first_does(lambda: load_data(config.data, config))
     return load_data(config.data, config) if data is None else data
-
-
-def share_statistics(model: IntrospectiveVAE, peers: Alone) -> None:
-    """Let batch normalisations, where the model has any, see the samples of all processes.
-
-    Raises:
-        ConfigError: on the CPU, where torch has none that do.
-    """
-    batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if peers.count == 1 or not batch_norms:
-        return
-    if model.device.type != "cuda":
-        raise ConfigError("norm 'batch' sees one process' samples only on the CPU: take --network_options.norm layer")
-    model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
-    model.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.decoder)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has a compiler for the device; where not, it is said.
-
-    What it finds that it cannot compile runs as it is.
-    """
-    said = logging.getLogger("torch._inductor")
-    before = said.level
-    said.setLevel(logging.CRITICAL)
-    try:
-        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # it has no common base of errors
-        reason = first_line(error)
-        log.info("no compiler (%s): training goes on without; install a C++ compiler for --compile inductor", reason)
-        return False
-    finally:
-        said.setLevel(before)
-    torch._dynamo.config.suppress_errors = True
-    return True
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that "auto" or a name stands for.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"device {name!r} cannot be used ({reason}): choose auto or cpu") from error
-    return device
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any
 
@@ -88,7 +89,7 @@ class Plan:
                 objectives.append((config.objective, True))
             for objective, warming in objectives:
                 step.objective = objective
-                values = {name: x.new_empty(()) for name in config.objective.values(0.0)}
+                values = {name: x.new_empty(()) for name in config.objective.started(math.prod(self.shape)).values(0.0)}
                 step(x, noise, values, warming=warming)
             del average
         return int(SCRATCH * live.peak)

@@ -1,0 +1,200 @@
+"""Settings that find their own values while the players play: beta_neg, and IntroVAE's margin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from introvae.errors import ConfigError
+from introvae.objectives import Objective
+
+EVERY = 5
+"""Steps between two looks: what a look costs is then lost in the step."""
+KEEP = 0.9
+"""Decay of the averages from look to look: they remember about 50 steps."""
+BAND = (0.0, 0.05)
+"""Where (KL(fake) - KL(real)) / KL(real) may be: above 0 the encoder tells fakes from real, so the decoder learns."""
+GAIN, MOST_CHANGE = 0.5, 0.05
+"""Change of ln beta_neg at a look: gain times the distance from the band, at most 5 %."""
+PUSH = 2.0
+"""The exponent alpha s beta_neg KL(real) at the start: what a fake as likely as real data gets."""
+RANGE = 10.0
+"""beta_neg stays within this factor of its start."""
+MARGIN_OVER_KL = 1.2
+"""IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
+LEAST_KL = 0.1
+"""In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
+
+
+def balancing_beta_neg(objective: Any, scale: float, kl_nats: float) -> float:
+    """The beta_neg with which a fake of this KL, that of real data, has the exponent `PUSH`; at least beta_kl, below
+    which the decoder's pull on a fake's KL is always the stronger one.
+
+    Example:
+        >>> from introvae import SoftIntroVAE
+        >>> balancing_beta_neg(SoftIntroVAE(beta_kl=0.3), scale=0.5, kl_nats=2.0)
+        1.0
+    """
+    exponent = getattr(objective, "alpha", 2.0) * scale * max(kl_nats, LEAST_KL)
+    return max(PUSH / exponent, objective.beta_kl)
+
+
+class Rule(Protocol):
+    """How one setting follows the game, on the device and without waiting for it."""
+
+    def begin(self, value: Tensor) -> None:
+        """Set the value with which the adversarial steps begin."""
+
+    def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
+        """See the KLs of a step and move the value; there are no fakes during the warm-up."""
+
+    def moved(self, value: Tensor) -> None:
+        """Go on from a value that somebody else has set."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Averages:
+    """Running averages of 0-d tensors; at first the plain means of what was seen.
+
+    Arguments:
+        names: of the averages.
+        device: where they are.
+
+    Example:
+        >>> averages = Averages(("kl",), "cpu")
+        >>> averages.follow(kl=torch.tensor(2.0))
+        >>> averages["kl"].item()
+        2.0
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device | str) -> None:
+        self.seen = dict.fromkeys(names, 0)
+        self._means = {name: torch.zeros((), device=device) for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._means[name]
+
+    def follow(self, **values: Tensor) -> None:
+        """Take one more value into each of these averages; one that is not finite changes nothing."""
+        for name, value in values.items():
+            seen, mean = self.seen[name], self._means[name]
+            value = value.to(torch.float32)
+            mean.lerp_(torch.where(value.isfinite(), value, mean), 1 - min(KEEP, seen / (seen + 1)))
+            self.seen[name] = seen + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and how many values they have seen."""
+        return {"seen": dict(self.seen), "means": {name: mean.clone() for name, mean in self._means.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.seen = dict(state["seen"])
+        for name, mean in self._means.items():
+            mean.copy_(state["means"][name])
+
+
+class Gap:
+    """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
+
+    Under the band the adversary sleeps: beta_neg falls, and the encoder pushes fakes away. Above it the encoder wins:
+    beta_neg rises. It begins, after the warm-up, where the exponent alpha s beta_neg KL is `PUSH` at the KL of real
+    data; it stays within `RANGE` of that and never falls under beta_kl, below which the decoder always wins.
+
+    Arguments:
+        objective: `SoftIntroVAE` or `ASIntroVAE`.
+        scale: its s.
+        device: of the averages.
+    """
+
+    def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
+        self._objective, self._scale = objective, scale
+        self._least = objective.beta_kl
+        self._averages = Averages(("kl", "gap"), device)
+        self._low, self._high = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def begin(self, value: Tensor) -> None:
+        if self._averages.seen["kl"]:
+            value.fill_(balancing_beta_neg(self._objective, self._scale, self._averages["kl"].item()))
+        value.clamp_(min=self._least)
+        self.moved(value)
+
+    def moved(self, value: Tensor) -> None:
+        self._low.copy_((value / RANGE).clamp(min=self._least))
+        self._high.copy_(value * RANGE)
+
+    def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
+        averages = self._averages
+        averages.follow(kl=kl_real)
+        if kl_fake is None:
+            return
+        averages.follow(gap=kl_fake - kl_real)
+        relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
+        outside = relative - relative.clamp(*BAND)
+        value.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp())
+        value.clamp_(self._low, self._high)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self._averages.state_dict(), "low": self._low.clone(), "high": self._high.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._averages.load_state_dict(state["averages"])
+        self._low.copy_(state["low"])
+        self._high.copy_(state["high"])
+
+
+class Margin:
+    """IntroVAE's margin: `MARGIN_OVER_KL` times the KL of real data at the end of the warm-up; fixed from then on.
+
+    Arguments:
+        objective: `IntroVAE`.
+        scale: unused, its losses have none.
+        device: of the average.
+
+    Source: IntroVAE (2018), App. D.
+    """
+
+    def __init__(self, objective: Objective, scale: float, device: torch.device | str) -> None:
+        self._averages = Averages(("kl",), device)
+
+    def begin(self, value: Tensor) -> None:
+        value.copy_(MARGIN_OVER_KL * self._averages["kl"].clamp(min=LEAST_KL))
+
+    def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
+        if kl_fake is None:
+            self._averages.follow(kl=kl_real)
+
+    def moved(self, value: Tensor) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self._averages.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._averages.load_state_dict(state["averages"])
+
+
+def rules_for(objective: Objective, scale: float, warmup_steps: int, device: torch.device | str) -> dict[str, Rule]:
+    """A rule for each setting of the objective that is "auto".
+
+    Raises:
+        ConfigError: a setting has no rule, or its rule needs a warm-up and there is none.
+    """
+    rules: dict[str, Rule] = {}
+    for name in objective.automatic:
+        if name == "margin" and warmup_steps < 2 * EVERY:
+            raise ConfigError(
+                "margin 'auto' reads the KL that the warm-up ends with: give --warmup.share 0.1, or a number"
+            )
+        if name not in _RULES:
+            raise ConfigError(f"{name} has no rule to be 'auto': give a number")
+        rules[name] = _RULES[name](objective, scale, device)
+    return rules
+
+
+_RULES = {"beta_neg": Gap, "margin": Margin}
