@@ -42,6 +42,7 @@ LAYERS = [
     {"training"},
     {"measures", "report"},
     {"evaluation", "exchange"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

@@ -14,8 +14,8 @@ from commands import Command, Refused, one_line
 from introvae import VAE, ConfigError, FitConfig, Run, RunError, SoftIntroVAE, fit, load_data
 from introvae.capture import CapturedStep
 from introvae.step import IntrospectiveStep
-from introvae.training.fit import MACHINES, config_for
 from introvae.training.devices import can_compile
+from introvae.training.fit import MACHINES, config_for
 from introvae.training.loop import Trainer
 
 PLANE = ("fit", "--data", "density:rings", "--network", "tiny-mlp", "--recipe", "none", "--steps", 2, "--quiet")

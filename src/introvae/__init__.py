@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from introvae.comparison.compare import compare
     from introvae.data import ArrayData, DataOptions, DensityData, from_array, load_data
     from introvae.errors import (
         CheckpointError,
@@ -58,6 +59,7 @@ __all__ = [
     "SoftIntroVAE",
     "Warmup",
     "__version__",
+    "compare",
     "evaluate",
     "fit",
     "from_array",
@@ -67,6 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "introvae.comparison.compare": ("compare",),
     "introvae.data": ("ArrayData", "DataOptions", "DensityData", "from_array", "load_data"),
     "introvae.errors": (
         "CheckpointError",

@@ -29,6 +29,7 @@ commands:
   sample        draw new images, rows or points from a run's model
   reconstruct   encode images or rows and decode them again
   interpolate   the way between two images through the latent space
+  compare       objectives x data x seeds, or finished runs, in one table with spreads
   recipes       list the settings that come with the package
   doctor        what this machine has, and what will be used; clears the cache
 
@@ -135,7 +136,7 @@ def _fit(words: list[str]) -> None:
             return _show(trainer) if speaks() else None
         run = resume_fit(own.resume, wanted, progress=not own.quiet)
     else:
-        config = settings.parse_config(rest, _recipe(own.recipe, rest))
+        config = settings.parse_config(rest, settings.recipe_files(own.recipe, rest))
         if own.dry_run:
             trainer = Trainer(config)
             return _show(trainer) if speaks() else None
@@ -144,19 +145,6 @@ def _fit(words: list[str]) -> None:
         return None
     print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
     return _report(run) if own.evaluate else None
-
-
-def _recipe(name: str, words: list[str]) -> list[Path]:
-    """The recipe's file: the named one, or the recommended one for the data and objective among `words`."""
-    from introvae.training import config as settings
-
-    if name == "auto":
-        bare = settings.parse_config(words)
-        name = settings.recommended_recipe(bare.data, type(bare.objective).__name__) or "none"
-    if name == "none":
-        return []
-    settings.load_config(path := settings.recipe_path(name))  # what is wrong in the file is said of the file
-    return [path]
 
 
 def _show(trainer: Trainer) -> None:
@@ -288,6 +276,53 @@ def _interpolate(words: list[str]) -> None:
     print(write_samples(ways.flatten(0, 1), Path(own.output), names, columns=own.steps, model=model))
 
 
+def _compare(words: list[str]) -> None:
+    example = (
+        "example:\n  introvae compare --objectives VAE,SoftIntroVAE --data density:8gaussians --seeds 3 --steps 2000\n"
+        "  introvae compare --recipe table-2d --out runs/table-2d\n  introvae compare runs/a runs/b\n\n"
+        "Other options are those of introvae fit and go to every run. The same command again goes on with the rest."
+    )
+    folders = []
+    while words and not words[0].startswith("-"):
+        folders.append(words.pop(0))
+    parser = _parser(
+        "compare", "Train objectives on data with several seeds, or take finished RUNS, and compare.", example
+    )
+    parser.usage = "introvae compare [RUNS ...] [OPTIONS] [SETTINGS OF FIT]"
+    parser.add_argument("--objectives", default="", help="names, joined by commas")
+    parser.add_argument("--data", default="digits", help="what to train on, joined by commas (default: digits)")
+    parser.add_argument("--recipe", help="a comparison by name (introvae recipes lists them) or a YAML file")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each objective on each data (default: 3)")
+    parser.add_argument(
+        "--out", default="runs/comparison", help="folder of runs and results (default: runs/comparison)"
+    )
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one for each GPU or core)")
+    parser.add_argument("--hours", type=float, help="run only what fits into so many hours, the first ones first")
+    parser.add_argument("--known", metavar="FILE", help="an earlier comparison.json: its runs are not made again")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be run and how long it takes")
+    own, settings = parser.parse_known_args([_underscored(word) for word in words])
+    for word in ("--seed", "--resume", "--evaluate", "--quiet"):
+        if any(given == word or given.startswith(f"{word}=") for given in settings):
+            raise ConfigError(f"{word} is set by compare for each run: leave it out")
+    from introvae.comparison.compare import compare
+
+    compare(
+        [name for name in own.objectives.split(",") if name],
+        [name for name in own.data.split(",") if name],
+        recipe=own.recipe,
+        runs=folders,
+        seeds=own.seeds,
+        settings=settings,
+        out=own.out,
+        workers=own.workers,
+        hours=own.hours,
+        known=own.known,
+        dry_run=own.dry_run,
+    )
+    if not own.dry_run:
+        print(f"\nresults  {Path(own.out) / 'comparison.md'}")
+
+
 def _doctor(words: list[str]) -> None:
     parser = _parser(
         "doctor",
@@ -335,6 +370,12 @@ def _recipes(words: list[str]) -> None:
     for name in settings.list_recipes():
         head = settings.recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:<28} {head}")
+    from introvae.comparison.plan import COMPARISONS, list_comparisons
+
+    print("\nfor introvae compare --recipe:")
+    for name in list_comparisons():
+        head = (COMPARISONS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<28} {head}")
 
 
 def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
@@ -365,6 +406,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "reconstruct": _reconstruct,
     "interpolate": _interpolate,
+    "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,
 }

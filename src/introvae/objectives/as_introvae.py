@@ -192,10 +192,11 @@ def as_distance(
 
     def expectation(p: DiagonalGaussian, q: DiagonalGaussian, same: bool) -> Tensor:
         pairs = _overlap(p, q, kernel, reduction)
+        count = pairs.numel()
         if same and unbiased:
-            total, count = pairs.sum() - pairs.diagonal().sum(), pairs.numel() - len(pairs)
-        else:
-            total, count = pairs.sum(), pairs.numel()
+            # Left out before the sum: taken from it, they would leave their rounding, which can be all that is there.
+            pairs, count = pairs - torch.diag(pairs.diagonal()), count - len(pairs)
+        total = pairs.sum()
         return total if reduction == "sum" else total / count
 
     return expectation(a, a, True) + expectation(b, b, True) - 2 * expectation(a, b, False)

@@ -15,31 +15,31 @@ EVERY = 5
 """Steps between two looks: what a look costs is then lost in the step."""
 KEEP = 0.9
 """Decay of the averages from look to look: they remember about 50 steps."""
-BAND = (0.0, 0.05)
-"""Where (KL(fake) - KL(real)) / KL(real) may be: above 0 the encoder tells fakes from real, so the decoder learns."""
-GAIN, MOST_CHANGE = 0.5, 0.05
-"""Change of ln beta_neg at a look: gain times the distance from the band, at most 5 %."""
-PUSH = 2.0
-"""The exponent alpha s beta_neg KL(real) at the start: what a fake as likely as real data gets."""
-RANGE = 10.0
-"""beta_neg stays within this factor of its start."""
+BAND = (0.0, 0.5)
+"""Where (KL(fake) - KL(real)) / KL(real) may be. Above 0 the encoder tells fakes from real, so the decoder learns; far
+above it the encoder sees more than the decoder can follow."""
+GAIN, MOST_CHANGE = 0.5, 0.02
+"""Change of ln(exponent) at a look: gain times the distance from the band, at most 2 %."""
+START = 1.5
+"""The exponent alpha s beta_neg KL(real) at the start, about that of the published settings on 8 Gaussians."""
+LEAST, MOST = 1.0, 10.0
+"""Bounds of the exponent. The encoder's push on a fake with the KL of real data, s beta_neg exp(-exponent), is largest
+at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
 MARGIN_OVER_KL = 1.2
 """IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
 LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 
 
-def balancing_beta_neg(objective: Any, scale: float, kl_nats: float) -> float:
-    """The beta_neg with which a fake of this KL, that of real data, has the exponent `PUSH`; at least beta_kl, below
-    which the decoder's pull on a fake's KL is always the stronger one.
+def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = START) -> float:
+    """The beta_neg with which a fake of this KL, that of real data, has this exponent alpha s beta_neg KL.
 
     Example:
         >>> from introvae import SoftIntroVAE
-        >>> balancing_beta_neg(SoftIntroVAE(beta_kl=0.3), scale=0.5, kl_nats=2.0)
-        1.0
+        >>> balancing_beta_neg(SoftIntroVAE(), scale=0.5, kl_nats=2.0)
+        0.75
     """
-    exponent = getattr(objective, "alpha", 2.0) * scale * max(kl_nats, LEAST_KL)
-    return max(PUSH / exponent, objective.beta_kl)
+    return exponent / (getattr(objective, "alpha", 2.0) * scale * max(kl_nats, LEAST_KL))
 
 
 class Rule(Protocol):
@@ -51,8 +51,8 @@ class Rule(Protocol):
     def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
         """See the KLs of a step and move the value; there are no fakes during the warm-up."""
 
-    def moved(self, value: Tensor) -> None:
-        """Go on from a value that somebody else has set."""
+    def multiply(self, factor: float) -> None:
+        """Aim at another value from the next look on."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -102,9 +102,9 @@ class Averages:
 class Gap:
     """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
 
-    Under the band the adversary sleeps: beta_neg falls, and the encoder pushes fakes away. Above it the encoder wins:
-    beta_neg rises. It begins, after the warm-up, where the exponent alpha s beta_neg KL is `PUSH` at the KL of real
-    data; it stays within `RANGE` of that and never falls under beta_kl, below which the decoder always wins.
+    What the encoder's push depends on is the exponent alpha s beta_neg KL. It begins at `START` and beta_neg follows
+    KL(real) so that it stays there. When KL(fake) falls under KL(real), the adversary sleeps, and the exponent falls
+    towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to `MOST`.
 
     Arguments:
         objective: `SoftIntroVAE` or `ASIntroVAE`.
@@ -113,20 +113,13 @@ class Gap:
     """
 
     def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
-        self._objective, self._scale = objective, scale
-        self._least = objective.beta_kl
         self._averages = Averages(("kl", "gap"), device)
-        self._low, self._high = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._exponent = torch.tensor(START, device=device)
+        self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
         if self._averages.seen["kl"]:
-            value.fill_(balancing_beta_neg(self._objective, self._scale, self._averages["kl"].item()))
-        value.clamp_(min=self._least)
-        self.moved(value)
-
-    def moved(self, value: Tensor) -> None:
-        self._low.copy_((value / RANGE).clamp(min=self._least))
-        self._high.copy_(value * RANGE)
+            self._follow(value)
 
     def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
         averages = self._averages
@@ -136,16 +129,21 @@ class Gap:
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
         outside = relative - relative.clamp(*BAND)
-        value.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp())
-        value.clamp_(self._low, self._high)
+        self._exponent.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp()).clamp_(LEAST, MOST)
+        self._follow(value)
+
+    def multiply(self, factor: float) -> None:
+        self._exponent.mul_(factor).clamp_(LEAST, MOST)
+
+    def _follow(self, value: Tensor) -> None:
+        value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict(), "low": self._low.clone(), "high": self._high.clone()}
+        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
-        self._low.copy_(state["low"])
-        self._high.copy_(state["high"])
+        self._exponent.copy_(state["exponent"])
 
 
 class Margin:
@@ -169,8 +167,8 @@ class Margin:
         if kl_fake is None:
             self._averages.follow(kl=kl_real)
 
-    def moved(self, value: Tensor) -> None:
-        pass
+    def multiply(self, factor: float) -> None:
+        pass  # the value is the controller's to change
 
     def state_dict(self) -> dict[str, Any]:
         return {"averages": self._averages.state_dict()}

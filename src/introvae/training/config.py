@@ -65,6 +65,8 @@ class FitConfig(DataOptions):
         flip: mirror images at random.
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
+        gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a
+            multiple of log_every; 0 for none.
         out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
 
     Raises:
@@ -101,6 +103,7 @@ class FitConfig(DataOptions):
     accumulation: int = 1
     flip: bool = False
     guard: str = "act"
+    gradient_every: int = 0
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -113,10 +116,22 @@ class FitConfig(DataOptions):
             raise ConfigError(f"objective is {self.objective!r}: give SoftIntroVAE(), another one, or its name")
         positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
         positive(accumulation=self.accumulation)
-        counts = ("batch_size", "accumulation", "log_every", "lr_warmup", "image_every", "checkpoint_every")
+        counts = (
+            "gradient_every",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "lr_warmup",
+            "image_every",
+            "checkpoint_every",
+        )
         whole(**{name: getattr(self, name) for name in counts})
         not_negative(**{name: getattr(self, name) for name in counts})
         checked_seed(self.seed)
+        if self.gradient_every % self.log_every:
+            raise ConfigError(
+                f"gradient_every {self.gradient_every} is no multiple of log_every {self.log_every}: take one"
+            )
         for name in ("steps", "epochs", "latent_dim"):
             if getattr(self, name) is not None:
                 positive(**{name: getattr(self, name)})
@@ -203,6 +218,21 @@ def parse_config(
     except (ArgumentError, TypeError, ValueError) as error:
         message = str(error) if isinstance(error, ConfigError) else _one_line(str(error))
         raise ConfigError(f"{source}: {message}" if source else message) from error
+
+
+def recipe_files(name: str, words: Sequence[str]) -> list[Path]:
+    """The recipe's file: the named one, or ("auto") the recommended one for the data and objective among `words`.
+
+    Raises:
+        ConfigError: an unknown recipe, or what is wrong in its file.
+    """
+    if name == "auto":
+        bare = parse_config(words)
+        name = recommended_recipe(bare.data, type(bare.objective).__name__) or "none"
+    if name == "none":
+        return []
+    load_config(path := recipe_path(name))  # what is wrong in the file is said of the file
+    return [path]
 
 
 def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool = False) -> list[str]:

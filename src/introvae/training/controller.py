@@ -85,7 +85,7 @@ class Controller:
         self._factors[name] = self._factors.get(name, 1.0) * factor
         if name in self._rules:
             self.values[name].mul_(factor)
-            self._rules[name].moved(self.values[name])
+            self._rules[name].multiply(factor)
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Take the rules back to where they were; what was changed by `multiply` since then stays changed."""
@@ -93,9 +93,9 @@ class Controller:
         for name, rule in self._rules.items():
             rule.load_state_dict(state["rules"][name])
             self.values[name].copy_(state["found"][name])
-            if self._factors.get(name, 1.0) != then.get(name, 1.0):
-                self.values[name].mul_(self._factors[name] / then.get(name, 1.0))
-                rule.moved(self.values[name])
+            factor = self._factors.get(name, 1.0) / then.get(name, 1.0)
+            self.values[name].mul_(factor)
+            rule.multiply(factor)
 
     def plain(self) -> dict[str, float]:
         """The fixed values as numbers, for the log."""

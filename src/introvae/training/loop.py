@@ -65,7 +65,13 @@ class Step(Protocol):
     def objective(self, objective: Objective) -> None: ...
 
     def __call__(
-        self, x: Tensor, noise: Noise | None = None, values: Any = None, *, warming: bool = False
+        self,
+        x: Tensor,
+        noise: Noise | None = None,
+        values: Any = None,
+        *,
+        warming: bool = False,
+        gradients: bool = False,
     ) -> dict[str, Tensor]: ...
 
     def set_lr(self, lr: float) -> None: ...
@@ -258,7 +264,9 @@ class Trainer:
         self.step.objective = config.objective.at(self.controller.progress(index))
         due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
         fakes = self._fakes(x, noise) if due and (warming or not config.objective.adversarial) else {}
-        record = self.step(x, noise, values, warming=warming)
+        every = config.gradient_every
+        probing = bool(every and (index + 1) % every == 0)
+        record = self.step(x, noise, values, warming=warming, gradients=probing)
         self.controller.observe(index, record)
         self.average.update(self.model)
         self.step_index += 1

@@ -1,0 +1,204 @@
+"""A comparison in, tables and pictures out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from introvae.comparison import figures
+from introvae.comparison.execute import Job, default_workers, estimate, jobs, run_all, within
+from introvae.comparison.plan import Cell, Comparison, Section, from_file, from_words, slug
+from introvae.comparison.summary import collect, known_result, labels_of, to_markdown, to_text
+from introvae.errors import ConfigError, RunError, positive, whole
+from introvae.evaluation import evaluate
+from introvae.files import write_atomically
+from introvae.pictures import save_picture
+from introvae.training.devices import pick_device
+from introvae.training.run import Run
+
+log = logging.getLogger("introvae")
+
+RESULT, TABLE = "comparison.json", "comparison.md"
+
+
+def compare(
+    objectives: Sequence[str] = (),
+    data: Sequence[str] = ("digits",),
+    *,
+    recipe: str | None = None,
+    runs: Sequence[str | Path] = (),
+    seeds: int = 3,
+    settings: Sequence[str] = (),
+    out: str | Path = "runs/comparison",
+    workers: int | None = None,
+    hours: float | None = None,
+    known: str | Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Train objectives on data with several seeds, or take finished runs, and lay the results side by side.
+
+    What is finished in `out` is not run again, what was interrupted goes on, what failed is told and stays failed until
+    its folder is removed.
+
+    Arguments:
+        objectives: names, each with its recommended recipe for the data.
+        data: as `--data` takes them.
+        recipe: the name of a comparison that comes with the package, or a YAML file of one, instead of these two.
+        runs: folders of finished runs instead; those without a report are measured.
+        seeds: how many runs of each; 0, 1, 2 ...
+        settings: further words of `introvae fit`, for all runs.
+        out: folder for the runs, `comparison.json`, `comparison.md` and pictures.
+        workers: runs at a time; by default one for each GPU or processor core.
+        hours: start only the first runs that fit into so many; the others' estimated cost is told.
+        known: an earlier comparison.json, whose runs with equal settings are taken over.
+        dry_run: only say what would be run, and for how long.
+
+    Returns:
+        What stands in comparison.json.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        RunError: a given folder holds no finished run, or `out` cannot be written.
+        InterruptedRunError: Ctrl-C or a termination signal; the runs' states are saved.
+
+    Example:
+        >>> compare(["VAE", "SoftIntroVAE"], ["density:rings"], seeds=5)  # doctest: +SKIP
+    """
+    folder = Path(out)
+    if runs:
+        if objectives or recipe:
+            raise ConfigError("finished runs are compared as they are: give either RUNS, or objectives or a recipe")
+        return _write(folder, *_of_runs([Path(run) for run in runs]))
+    whole(seeds=seeds)
+    positive(seeds=seeds)
+    if workers is not None:
+        whole(workers=workers)
+        positive(workers=workers)
+    if hours is not None:
+        positive(hours=hours)
+    if recipe is not None and (objectives or settings):
+        raise ConfigError("a comparison's file says what is run: give either --recipe or --objectives and settings")
+    plan = from_file(recipe) if recipe is not None else from_words(objectives, data, seeds, settings)
+    before = _read(known)
+    every = jobs(plan, folder)
+    todo = [job for job in every if job.status in ("new", "begun") and known_result(job, before) is None]
+    count = min(workers or default_workers(), max(1, len(todo)))
+    threads = max(1, default_workers() // count) if pick_device("auto").type == "cpu" else 4
+    costs = estimate(todo, threads)
+    chosen = within(costs, hours, count)
+    _say(every, todo, chosen, costs, count, threads)
+    if dry_run:
+        return collect(plan, every, costs, before)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RESULT, _dumped(collect(plan, every, costs, before)))
+    run_all(
+        chosen, count, threads, lambda: write_atomically(folder / RESULT, _dumped(collect(plan, every, costs, before)))
+    )
+    return _write(folder, plan, every, collect(plan, every, costs, before))
+
+
+def _say(
+    every: Sequence[Job],
+    todo: Sequence[Job],
+    chosen: Sequence[Job],
+    costs: Mapping[Job, float],
+    workers: int,
+    threads: int,
+) -> None:
+    total = sum(costs[job] for job in chosen) / workers
+    log.info(
+        "%d runs: %d are there, %d to do now, about %s, %d at a time with %d threads each",
+        len(every),
+        len(every) - len(todo),
+        len(chosen),
+        _duration(total),
+        workers,
+        threads,
+    )
+    for section in dict.fromkeys(job.cell.section for job in todo):
+        its = [job for job in todo if job.cell.section == section]
+        now = [job for job in chosen if job.cell.section == section]
+        cost = _duration(sum(costs[job] for job in its) / workers)
+        log.info("  %-24s %3d runs, %3d now, about %s", section, len(its), len(now), cost)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
+
+
+def _read(known: str | Path | None) -> dict[str, Any] | None:
+    if known is None:
+        return None
+    try:
+        return json.loads(Path(known).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{known} cannot be read ({error}): give a comparison.json") from error
+
+
+def _dumped(result: Mapping[str, Any]) -> bytes:
+    return (json.dumps(result, indent=1) + "\n").encode()
+
+
+def _of_runs(folders: Sequence[Path]) -> tuple[Comparison, list[Job], dict[str, Any]]:
+    """Finished runs as a comparison: runs that differ in nothing but their seed make one row."""
+    found = [Run.open(folder) for folder in folders]
+    configs = [run.config() for run in found]
+    for run in found:
+        run.model()  # a run that is not finished says so
+        if not run.report_path.is_file():
+            log.info("measuring %s", run.folder)
+            evaluate(run)
+    labels = labels_of(configs)
+    rows: dict[tuple[str, str], list[int]] = {}
+    for index, (config, label) in enumerate(zip(configs, labels, strict=True)):
+        rows.setdefault((config.data, label), []).append(index)
+    cells, its = [], []
+    for (data, label), indices in sorted(rows.items()):
+        seeds = tuple(configs[i].seed for i in indices)
+        cell = Cell("runs", data, label, ("--data", data), seeds)
+        cells.append(cell)
+        its += [Job(cell, configs[i].seed, folders[i], configs[i]) for i in indices]
+    plan = Comparison("Comparison of runs", (Section("runs", "Runs", tuple(cells)),))
+    return plan, its, collect(plan, its)
+
+
+def _write(folder: Path, plan: Comparison, every: Sequence[Job], result: dict[str, Any]) -> dict[str, Any]:
+    """Tables and pictures into the folder, and the table to the terminal."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = _draw(folder, plan, every)
+        result = {**result, "pictures": pictures}
+        write_atomically(folder / RESULT, _dumped(result))
+        write_atomically(folder / TABLE, to_markdown(result, pictures).encode())
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error}): give it room or rights, or choose --out") from error
+    log.info("%s", to_text(result))
+    return result
+
+
+def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
+    drawn = []
+    for section in plan.sections:
+        for data in dict.fromkeys(cell.data for cell in section.cells):
+            done: dict[str, list[Job]] = {}
+            for job in every:
+                if job.cell in section.cells and job.cell.data == data and job.status == "done":
+                    done.setdefault(job.cell.label, []).append(job)
+            if not done:
+                continue
+            order = [cell.label for cell in section.cells if cell.label in done and cell.data == data]
+            models = {label: Run(done[label][0].folder).model() for label in order}
+            logs = {label: [Run(job.folder).log() for job in done[label]] for label in order}
+            made = {
+                "samples": figures.samples(models, data),
+                "stability": figures.stability(logs),
+                "gradients": figures.gradients(logs),
+            }
+            for name, figure in made.items():
+                if figure is not None:
+                    stem = "-".join(dict.fromkeys([slug(section.key), slug(data), name]))
+                    drawn.append(save_picture(figure, folder / f"{stem}.png").name)
+    return drawn

@@ -1,0 +1,224 @@
+"""Runs the cells of a comparison in processes of their own: any of them may fail, all can be gone on with."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from introvae.comparison.plan import Cell, Comparison
+from introvae.errors import InterruptedRunError, first_line
+from introvae.files import write_atomically
+from introvae.training.checkpoint import list_checkpoints
+from introvae.training.config import FitConfig
+from introvae.training.devices import pick_device
+from introvae.training.loop import Trainer
+from introvae.training.run import Run
+
+log = logging.getLogger("introvae")
+
+FAILURE = "failure.txt"
+"""In a run folder: why the run ended without a result. It is not tried again until the folder is removed."""
+WARM, TIMED = 3, 12
+"""Steps before and in the measurement of a step's time."""
+EVALUATION_SECONDS = 8.0
+"""What starting a process and measuring a model take besides the steps; measured for points in the plane."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+    config: FitConfig
+
+    @property
+    def status(self) -> str:
+        """done, failed, begun or new."""
+        run = Run(self.folder)
+        if run.report_path.is_file():
+            return "done"
+        if (self.folder / FAILURE).is_file():
+            return "failed"
+        return "begun" if list_checkpoints(run.checkpoints) else "new"
+
+    def command(self) -> list[str]:
+        """The words after the interpreter that bring the job to its end."""
+        introvae = ["-m", "introvae"]
+        if (self.folder / "model" / "config.json").is_file():
+            return [*introvae, "evaluate", str(self.folder)]
+        if self.status == "begun":
+            return [*introvae, "fit", "--resume", str(self.folder), "--evaluate", "--quiet"]
+        return [*introvae, "fit", *self.cell.command(self.seed), "--out", str(self.folder), "--evaluate", "--quiet"]
+
+
+def jobs(plan: Comparison, out: Path) -> list[Job]:
+    """All runs of a comparison, in the order in which they are to be made: every section's first seeds first.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    found = []
+    for section in plan.sections:
+        for index in range(max((len(cell.seeds) for cell in section.cells), default=0)):
+            for cell in section.cells:
+                if index < len(cell.seeds):
+                    seed = cell.seeds[index]
+                    found.append(Job(cell, seed, cell.folder(out, seed), cell.config(seed)))
+    return found
+
+
+def default_workers() -> int:
+    """Processes at a time: one for each GPU, or one for each processor core."""
+    if pick_device("auto").type == "cuda":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
+    """Seconds that each job will take alone in its process, from a few steps of every different kind.
+
+    Raises:
+        IntrovaeError: a job's data or settings will not do.
+    """
+    known: dict[tuple[object, ...], tuple[float, float]] = {}
+    found = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for job in todo:
+            config = job.config
+            options = tuple(sorted((name, str(value)) for name, value in config.network_options.items()))
+            key = (config.data, type(config.objective), config.network, options, config.batch_size, config.precision)
+            if key not in known:
+                known[key] = _step_seconds(Trainer(config))
+            warm, full = known[key]
+            trainer = job.config
+            steps = trainer.steps or 0
+            warming = config.warmup.resolved(steps).steps if config.objective.adversarial else 0
+            share = 1 - _share_done(job, steps)
+            found[job] = EVALUATION_SECONDS + share * (warming * warm + (steps - warming) * full)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def _share_done(job: Job, steps: int) -> float:
+    checkpoints = list_checkpoints(Run(job.folder).checkpoints)
+    return int(checkpoints[-1].stem.removeprefix("step_")) / steps if checkpoints and steps else 0.0
+
+
+def _step_seconds(trainer: Trainer) -> tuple[float, float]:
+    """Of a warm-up step and of a step after it; the shortest of three looks, since others use the machine too."""
+    adversarial = trainer.config.objective.adversarial
+
+    def look(first: int) -> float:
+        times = []
+        for repeat in range(4):
+            trainer.step_index = first
+            started = time.perf_counter()
+            for _ in range(WARM if repeat == 0 else TIMED // 3):
+                trainer._one_step()
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - started) / (WARM if repeat == 0 else TIMED // 3))
+        return min(times[1:])
+
+    warmup = trainer.config.warmup.steps
+    full = look(warmup if adversarial else 0)
+    return (look(0) if adversarial and warmup > WARM + TIMED else full), full
+
+
+def within(times: Mapping[Job, float], hours: float | None, workers: int) -> list[Job]:
+    """The first jobs that together fit into so many hours; all where there is no such bound."""
+    left = math.inf if hours is None else hours * 3600 * workers
+    chosen = []
+    for job, seconds in times.items():
+        left -= seconds
+        if left < 0:
+            break
+        chosen.append(job)
+    return chosen
+
+
+def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[], None]) -> None:
+    """Run the jobs, `workers` at a time, each with `threads` threads; `after` is called whenever one has ended.
+
+    Raises:
+        InterruptedRunError: Ctrl-C or a termination signal; the runs' states are saved.
+    """
+    waiting, running = list(todo), dict[subprocess.Popen[str], Job]()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with _ended_with_us(running):
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                words = [sys.executable, *job.command()]
+                process = subprocess.Popen(
+                    words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+                running[process] = job
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                said = (process.communicate()[1] or "").strip().splitlines()
+                reason = said[-1].removeprefix("introvae: ") if said else f"exit code {process.returncode}"
+                _note(job, process.returncode, reason, len(waiting) + len(running))
+                after()
+
+
+def _note(job: Job, code: int, reason: str, left: int) -> None:
+    name = f"{job.cell.section}: {job.cell.label} on {job.cell.data}, seed {job.seed}"
+    if code == 0:
+        log.info("done     %s (%d left)", name, left)
+        return
+    log.info("FAILED   %s: %s (%d left)", name, reason, left)
+    if code == 2:  # what the package itself says; a run that was killed may be gone on with
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.folder / FAILURE, (reason + "\n").encode())
+
+
+@contextmanager
+def _ended_with_us(running: Mapping[subprocess.Popen[str], Job]) -> Iterator[None]:
+    """Where this process is told to end, the runs are told too and save their state."""
+
+    def handle(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        raise InterruptedRunError(
+            f"interrupted, {len(running)} runs saved their state: give the same command again to go on"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def reason_of(folder: Path) -> str:
+    """Why a run failed, or nothing."""
+    try:
+        return (folder / FAILURE).read_text().strip()
+    except OSError as error:
+        return first_line(error)

@@ -1,0 +1,152 @@
+"""Pictures of a comparison: samples side by side, how steady training was, the decoder's gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from introvae.data import get_density
+from introvae.model import IntrospectiveVAE
+from introvae.pictures import density_estimate, grid_points, image_grid
+from introvae.training.preview import negative_elbo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+POINTS, GRID, IMAGES = 2000, 100, 36
+COLOURS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#5c6875", "#b0447a", "#4a8f3c")
+KLS = (("kl_real", "#1f4e79", "real"), ("kl_reconstruction", "#2a9d8f", "rec."), ("kl_sample", "#c8553d", "sample"))
+
+
+@torch.no_grad()
+def samples(models: Mapping[str, IntrospectiveVAE], data: str) -> Figure:
+    """Draws of each model by label, in the plane with its density estimate below; nothing is selected.
+
+    Arguments:
+        models: by label; the first seed's of each row.
+        data: as `--data` takes it.
+    """
+    plane = data.startswith("density:")
+    figure = _figure(len(models) + plane, 2 if plane else 1, 2.0, 2.05)
+    axes = figure.axes
+    if plane:
+        return _plane_samples(figure, models, data)
+    for axis, (label, model) in zip(axes, models.items(), strict=True):
+        drawn = model.sample(IMAGES, torch.Generator().manual_seed(0))
+        if drawn.dim() == 4:
+            axis.imshow(np.asarray(image_grid(drawn, columns=math.isqrt(IMAGES))), cmap="gray", vmin=0, vmax=255)
+            axis.set_title(label, fontsize=8)
+            axis.set_axis_off()
+        else:
+            axis.hist(drawn.flatten().tolist(), bins=40, color=COLOURS[0])
+            axis.set_title(f"{label}, all values", fontsize=8)
+    return figure
+
+
+def _plane_samples(figure: Figure, models: Mapping[str, IntrospectiveVAE], data: str) -> Figure:
+    axes, width = figure.axes, len(models) + 1
+    density = get_density(data.removeprefix("density:"))
+    real = density.sample(POINTS, torch.Generator().manual_seed(0))
+    grid = grid_points(density.extent, GRID)
+    _scatter(axes[0], real, density.extent, "data")
+    axes[width].set_axis_off()
+    if density.log_prob is not None:
+        axes[width].set_axis_on()
+        _map(axes[width], density.log_prob(grid.double()).exp().view(GRID, GRID), density.extent)
+    for column, (label, model) in enumerate(models.items(), start=1):
+        _scatter(axes[column], model.sample(POINTS, torch.Generator().manual_seed(0)).cpu(), density.extent, label)
+        _map(axes[width + column], density_estimate(negative_elbo(model, grid).view(GRID, GRID)), density.extent)
+    return figure
+
+
+def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
+    """KL of real data, reconstructions and samples, and the reconstruction error, over training; a line for each seed.
+
+    Arguments:
+        logs: of the runs, by label.
+    """
+    figure = _figure(len(logs), 2, 2.3, 1.9, sharey="row")
+    axes = figure.axes
+    for column, (label, runs) in enumerate(logs.items()):
+        above, below = axes[column], axes[len(logs) + column]
+        for index, rows in enumerate(runs):
+            for name, colour, title in KLS:
+                found = [(row["step"], row[name]) for row in rows if name in row]
+                if found:
+                    above.plot(
+                        *zip(*found, strict=True), color=colour, lw=0.7, alpha=0.7, label=title if not index else None
+                    )
+            below.plot([row["step"] for row in rows], [row["rec"] for row in rows], color=COLOURS[0], lw=0.7, alpha=0.7)
+            warm = [row["step"] for row in rows if row["phase"] == "warmup"]
+            for axis in (above, below):
+                if warm and not index:
+                    axis.axvspan(0, max(warm), color="#eeeeee", zorder=0)
+        above.set_title(label, fontsize=8)
+        below.set_xlabel("step", fontsize=7)
+    kls = [row[name] for runs in logs.values() for rows in runs for row in rows for name, _, _ in KLS if name in row]
+    recs = [row["rec"] for runs in logs.values() for rows in runs for row in rows[1:]]
+    if kls and recs:
+        axes[0].set_ylim(0, 1.3 * float(np.quantile(kls, 0.99)))
+        axes[len(logs)].set_ylim(0, 1.3 * float(np.quantile(recs, 0.99)))
+    axes[0].set_ylabel("KL, nats", fontsize=7)
+    axes[len(logs)].set_ylabel("squared error", fontsize=7)
+    axes[0].legend(fontsize=6, frameon=False)
+    return figure
+
+
+def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure | None:
+    """Norm of the decoder's adversarial gradient over training, alone and as a share of that of the reconstruction;
+    None where no run noted it.
+    """
+    noted = {
+        label: [[row for row in rows if row.get("gradient_adversarial", 0) > 0] for rows in runs]
+        for label, runs in logs.items()
+    }
+    noted = {label: runs for label, runs in noted.items() if any(runs)}
+    if not noted:
+        return None
+    figure = _figure(2, 1, 4.4, 2.9)
+    left, right = figure.axes
+    for colour, (label, runs) in zip(COLOURS, noted.items(), strict=False):
+        for index, rows in enumerate(runs):
+            steps = [row["step"] for row in rows]
+            norms = [row["gradient_adversarial"] for row in rows]
+            shares = [row["gradient_adversarial"] / max(row["gradient_reconstruction"], 1e-30) for row in rows]
+            for axis, values in ((left, norms), (right, shares)):
+                axis.plot(steps, values, color=colour, lw=0.8, alpha=0.8, label=label if not index else None)
+    left.set_title("Norm of the decoder's adversarial gradient", fontsize=9)
+    right.set_title("The same over the norm of the reconstruction's", fontsize=9)
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.set_xlabel("step", fontsize=8)
+    left.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _figure(columns: int, rows: int, width: float, height: float, sharey: Any = False) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    for axis in np.atleast_1d(figure.subplots(rows, columns, sharey=sharey)).flat:  # pyright: ignore
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=6)
+    return figure
+
+
+def _scatter(axis: Axes, x: torch.Tensor, extent: float, title: str) -> None:
+    points = x.numpy()
+    axis.scatter(points[:, 0], points[:, 1], s=1.0, alpha=0.4, linewidths=0, color=COLOURS[0], rasterized=True)
+    axis.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(title, fontsize=8)
+    axis.spines[:].set_visible(True)
+
+
+def _map(axis: Axes, values: torch.Tensor, extent: float) -> None:
+    square = (-extent, extent)
+    axis.imshow(values.numpy().T, origin="lower", extent=square + square, cmap="viridis")
+    axis.set(xticks=[], yticks=[])

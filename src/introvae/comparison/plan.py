@@ -1,0 +1,185 @@
+"""What a comparison runs: sections of rows, each row the words of an `introvae fit` command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from introvae.errors import ConfigError, positive, unknown, whole
+from introvae.training.config import RECIPES, FitConfig, parse_config, recipe_files
+
+COMPARISONS = RECIPES / "compare"
+KEYS = {"title", "data", "rows", "seeds", "note"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row on one data set: what is run once for each seed.
+
+    Arguments:
+        section: key of its section.
+        data: as `--data` takes it.
+        label: of its row.
+        words: of `introvae fit`, without seed and folder.
+        seeds: of its runs.
+    """
+
+    section: str
+    data: str
+    label: str
+    words: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def folder(self, out: Path, seed: int) -> Path:
+        """The run folder of a seed."""
+        return out / "runs" / slug(self.section) / f"{slug(self.data)}--{slug(self.label)}--{seed}"
+
+    def command(self, seed: int) -> list[str]:
+        """The words with the seed."""
+        return [*self.words, "--seed", str(seed)]
+
+    def config(self, seed: int) -> FitConfig:
+        """The settings of a seed's run.
+
+        Raises:
+            ConfigError: a setting is wrong; the row is named.
+        """
+        words = self.command(seed)
+        recipe = "auto"
+        if "--recipe" in words:
+            at = words.index("--recipe")
+            recipe = "".join(words[at + 1 : at + 2])
+            del words[at : at + 2]
+        try:
+            return parse_config(words, recipe_files(recipe, words))
+        except ConfigError as error:
+            raise ConfigError(f"row {self.label!r} on {self.data}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that are compared with each other.
+
+    Arguments:
+        key: short name, also of its pictures.
+        title: above its table.
+        cells: in the order in which they are run; a row's are found by label.
+        note: below its title.
+    """
+
+    key: str
+    title: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All sections, the first ones run first.
+
+    Arguments:
+        title: of the whole.
+        sections: key, title and cells of each.
+    """
+
+    title: str
+    sections: tuple[Section, ...] = field(default_factory=tuple)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells of all sections, in the order in which they are run."""
+        return [cell for section in self.sections for cell in section.cells]
+
+
+def from_words(objectives: Sequence[str], data: Sequence[str], seeds: int, settings: Sequence[str] = ()) -> Comparison:
+    """Objectives x data x seeds, each with the recommended recipe under `settings`, further words of `introvae fit`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+
+    Example:
+        >>> plan = from_words(["VAE", "SoftIntroVAE"], ["density:rings"], seeds=2, settings=["--steps", "10"])
+        >>> [cell.label for cell in plan.cells], plan.cells[0].seeds
+        (['VAE', 'SoftIntroVAE'], (0, 1))
+    """
+    if not objectives or not data:
+        raise ConfigError("nothing to compare: give --objectives A,B and --data X")
+    rows = {name: shlex.join(["--objective", name, *settings]) for name in objectives}
+    return Comparison("Comparison", (_section("comparison", {"data": list(data), "rows": rows, "seeds": seeds}),))
+
+
+def from_file(name: str) -> Comparison:
+    """A comparison that comes with the package, by name, or from a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, or something in it is wrong.
+
+    Example:
+        >>> from_file("table-2d").sections[0].key
+        '8gaussians'
+    """
+    path = COMPARISONS / f"{name}.yaml" if name in list_comparisons() else Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise unknown("comparison", name, [*list_comparisons(), "a .yaml file"])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): mend it") from error
+    sections = content.get("sections") if isinstance(content, dict) else None
+    if not isinstance(sections, dict) or not sections:
+        raise ConfigError(f"{path} has no sections: give sections: NAME: data, rows, seeds")
+    try:
+        found = tuple(_section(str(key), block) for key, block in sections.items())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return Comparison(str(content.get("title", path.stem)), found)
+
+
+def list_comparisons() -> list[str]:
+    """Names of the comparisons that come with the package."""
+    return sorted(path.stem for path in COMPARISONS.glob("*.yaml"))
+
+
+def _section(key: str, block: Any) -> Section:
+    if not isinstance(block, Mapping) or not {"data", "rows"} <= block.keys() or not block.keys() <= KEYS:
+        raise ConfigError(f"section {key} must have data and rows, and may have {', '.join(sorted(KEYS))}: take these")
+    seeds = block.get("seeds", 1)
+    seeds = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    if not isinstance(seeds, list) or not seeds:
+        raise ConfigError(f"section {key}: seeds is {block.get('seeds')}: give their number, or a list of them")
+    for seed in seeds:
+        whole(seed=seed)
+    positive(seeds=len(seeds))
+    data = [block["data"]] if isinstance(block["data"], str) else block["data"]
+    rows = block["rows"]
+    if not isinstance(rows, Mapping) or not all(isinstance(words, str) for words in rows.values()):
+        raise ConfigError(f"section {key}: rows must be LABEL: WORDS OF FIT, such as VAE: --objective VAE: give these")
+    cells = []
+    for name in data:
+        for label, words in rows.items():
+            short = str(name).removeprefix("density:")
+            split = shlex.split(words.replace("{data}", short))
+            cells.append(Cell(key, str(name), str(label), ("--data", str(name), *split), tuple(seeds)))
+    for cell in cells:
+        cell.config(cell.seeds[0])
+    names = [cell.folder(Path(), 0) for cell in cells]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"section {key}: two rows would share a folder: give labels that differ in their letters")
+    return Section(key, str(block.get("title", key)), tuple(cells), str(block.get("note", "")))
+
+
+def slug(name: str) -> str:
+    """A name as part of a path.
+
+    Example:
+        >>> slug("density:8gaussians"), slug("Soft-IntroVAE, auto")
+        ('8gaussians', 'soft-introvae-auto')
+    """
+    path = Path(name).stem if "/" in name else name
+    return re.sub(r"[^a-z0-9.]+", "-", path.removeprefix("density:").lower()).strip("-") or "x"

@@ -1,0 +1,277 @@
+"""What came of a comparison: means, spreads and failures of every cell; as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from introvae.comparison.execute import Job, reason_of
+from introvae.comparison.plan import Cell, Comparison
+from introvae.data import get_density
+from introvae.errors import ConfigError
+from introvae.machine import hardware, versions
+from introvae.training.config import FitConfig
+from introvae.training.fit import MACHINES
+from introvae.training.run import Run
+
+PLANE = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma")
+OTHERS = ("psnr_db", "mse", "frechet_randconv", "frechet_thumb", "frechet_values", "recall_pixels", "confident_share")
+TITLES = {
+    "kl_soft_introvae": "KL",
+    "jsd_soft_introvae": "JSD",
+    "modes": "modes",
+    "share_within_3_sigma": "within 3 sigma",
+    "psnr_db": "PSNR, dB",
+    "mse": "MSE",
+    "frechet_randconv": "Fréchet (randconv)",
+    "frechet_thumb": "Fréchet (thumb)",
+    "frechet_values": "Fréchet (values)",
+    "recall_pixels": "recall",
+    "confident_share": "confident",
+}
+"""Columns of the tables; all other metrics are in the JSON."""
+
+
+def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
+    """What is kept of one finished run: seed, seconds, metrics, what the guard did."""
+    report = run.report()
+    guard = run.events("guard")
+    found: dict[str, Any] = {
+        "seed": seed,
+        "status": "done",
+        "seconds": report["training_seconds"],
+        "threads": report["machine"].get("threads"),
+        "device": report["machine"].get("device"),
+        "metrics": {name: entry["value"] for name, entry in report["metrics"].items()},
+        "floors": {name: entry["floor"] for name, entry in report["metrics"].items() if "floor" in entry},
+        "protocols": {name: entry["protocol"] for name, entry in report["metrics"].items()},
+    }
+    rows = run.log()
+    if rows:
+        names = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg", "margin")
+        found["last"] = {name: rows[-1][name] for name in names if name in rows[-1]}
+    if guard:
+        found["guard"] = [{key: event[key] for key in ("step", "cause", "change")} for event in guard]
+    if config.data.startswith("density:") and "modes" in found["metrics"]:
+        modes = get_density(config.data.removeprefix("density:")).modes
+        found["lost_modes"] = modes is not None and found["metrics"]["modes"] < len(modes)
+    return found
+
+
+def settings_of(config: FitConfig) -> dict[str, Any]:
+    """The settings that decide a run's result, without the seed and how it was computed."""
+    settings = config.to_dict()
+    return {name: value for name, value in settings.items() if name not in (*MACHINES, "seed")}
+
+
+def collect(
+    plan: Comparison,
+    found_jobs: Sequence[Job],
+    costs: Mapping[Job, float] | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole comparison as plain values.
+
+    Arguments:
+        plan: its sections.
+        found_jobs: its runs, finished or not.
+        costs: estimated seconds of those that are not finished.
+        known: an earlier result, whose runs stand in for those that are missing here where the settings are the same.
+    """
+    before = _known_runs(known)
+    sections = []
+    for section in plan.sections:
+        cells = []
+        for cell in section.cells:
+            its = [job for job in found_jobs if job.cell == cell]
+            cells.append(_cell(cell, its, costs or {}, before))
+        sections.append({"key": section.key, "title": section.title, "note": section.note, "cells": cells})
+    return {
+        "title": plan.title,
+        "date": date.today().isoformat(),
+        "machine": dict(hardware()),
+        "versions": dict(versions()),
+        "sections": sections,
+    }
+
+
+def _known_runs(known: Mapping[str, Any] | None) -> dict[tuple[str, int], tuple[dict[str, Any], dict[str, Any]]]:
+    """Finished runs of an earlier result by (data and label) and seed, with their cell."""
+    if known is None:
+        return {}
+    try:
+        return {
+            (f"{section['key']}|{cell['data']}|{cell['label']}", run["seed"]): (cell, run)
+            for section in known["sections"]
+            for cell in section["cells"]
+            for run in cell["runs"]
+            if run["status"] in ("done", "failed")
+        }
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"the known results lack {error}: give a comparison.json") from error
+
+
+def known_result(job: Job, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The earlier result of a job with the same settings, or None."""
+    found = _known_runs(known).get((f"{job.cell.section}|{job.cell.data}|{job.cell.label}", job.seed))
+    if found is None or found[0]["settings"] != settings_of(job.config):
+        return None
+    return found[1]
+
+
+def _cell(
+    cell: Cell, its: Sequence[Job], costs: Mapping[Job, float], known: Mapping[tuple[str, int], Any]
+) -> dict[str, Any]:
+    settings = settings_of(its[0].config)
+    runs = []
+    for job in its:
+        earlier = known.get((f"{cell.section}|{cell.data}|{cell.label}", job.seed))
+        if job.status == "done":
+            runs.append(run_result(Run(job.folder), job.config, job.seed))
+        elif job.status == "failed":
+            runs.append({"seed": job.seed, "status": "failed", "reason": reason_of(job.folder)})
+        elif earlier is not None and earlier[0]["settings"] == settings:
+            runs.append(earlier[1])
+        else:
+            runs.append({"seed": job.seed, "status": "not run", "cost_seconds": round(costs.get(job, 0.0))})
+    done = [run for run in runs if run["status"] == "done"]
+    return {
+        "data": cell.data,
+        "label": cell.label,
+        "command": "introvae fit " + " ".join(cell.words),
+        "settings": settings,
+        "runs": runs,
+        "done": len(done),
+        "diverged": sum(run["status"] == "failed" for run in runs),
+        "lost_modes": sum(bool(run.get("lost_modes")) for run in done),
+        "not_run": sum(run["status"] == "not run" for run in runs),
+        "cost_seconds": sum(run.get("cost_seconds", 0) for run in runs),
+        "seconds": _spread([run["seconds"] for run in done if run["seconds"] is not None]),
+        "metrics": {
+            name: _spread([run["metrics"][name] for run in done if name in run["metrics"]])
+            for name in (done[0]["metrics"] if done else ())
+        },
+        "floors": {
+            name: statistics.fmean(run["floors"][name] for run in done if name in run["floors"])
+            for name in (done[0]["floors"] if done else ())
+        },
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation (of a sample; left out for a single value)."""
+    if not values:
+        return {}
+    found = {"mean": statistics.fmean(values), "n": len(values)}
+    return {**found, "std": statistics.stdev(values)} if len(values) > 1 else found
+
+
+def columns_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that a table of these cells shows."""
+    present = {name for cell in cells for name in cell["metrics"]}
+    wanted = PLANE if present & set(PLANE) else OTHERS
+    return [name for name in wanted if name in present]
+
+
+def tables(result: Mapping[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
+    """Every section's tables: title, note and rows of text; the first row has the names of the columns."""
+    found = []
+    for section in result["sections"]:
+        for name in dict.fromkeys(cell["data"] for cell in section["cells"]):
+            cells = [cell for cell in section["cells"] if cell["data"] == name]
+            columns = columns_of(cells)
+            rows = [["", "runs", *(TITLES[c] for c in columns), "diverged", "lost modes", "seconds"]]
+            rows += [_row(cell, columns) for cell in cells]
+            floors = {c: [cell["floors"][c] for cell in cells if c in cell["floors"]] for c in columns}
+            if any(floors.values()):
+                shown = [f"{statistics.fmean(values):.3g}" if values else "" for values in floors.values()]
+                rows.append(["floor", "", *shown, "", "", ""])
+            title = section["title"] if section["title"] == name else f"{section['title']}: {name}"
+            found.append((title, section["note"], rows))
+    return found
+
+
+def _row(cell: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    total = len(cell["runs"])
+    if cell["not_run"] == total:
+        cost = f"not run, about {cell['cost_seconds'] / 60:.0f} min"
+        return [cell["label"], cost, *([""] * (len(columns) + 3))]
+    with_modes = any("lost_modes" in run for run in cell["runs"])
+    runs = f"{cell['done']}" if not cell["not_run"] else f"{cell['done']} of {total}"
+    ran = total - cell["not_run"]
+    shown = [_number(cell["metrics"].get(name, {})) for name in columns]
+    seconds = f"{cell['seconds']['mean']:.0f}" if cell["seconds"] else ""
+    lost = f"{cell['lost_modes']} of {cell['done']}" if with_modes else ""
+    return [cell["label"], runs, *shown, f"{cell['diverged']} of {ran}", lost, seconds]
+
+
+def _number(spread: Mapping[str, float]) -> str:
+    if not spread:
+        return ""
+    if "std" not in spread:
+        return f"{spread['mean']:.3g}"
+    return f"{spread['mean']:.3g} ± {spread['std']:.2g}"
+
+
+def to_text(result: Mapping[str, Any]) -> str:
+    """The tables for a terminal."""
+    blocks = []
+    for title, note, rows in tables(result):
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        blocks.append("\n".join([title, *([note] if note else []), *lines]))
+    return "\n\n".join(blocks)
+
+
+def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The tables, failures and pictures as Markdown."""
+    machine = ", ".join(str(value) for value in list(result["machine"].values())[:3])
+    lines = [f"# {result['title']}", "", f"{result['date']}; {machine}. Mean ± standard deviation over seeds.", ""]
+    for title, note, rows in tables(result):
+        lines += [f"## {title}", ""]
+        if note:
+            lines += [note, ""]
+        head, *body = rows
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(row) + " |" for row in body]
+        lines.append("")
+    failed = [
+        f"- {cell['label']} on {cell['data']}, seed {run['seed']}: {run['reason']}"
+        for section in result["sections"]
+        for cell in section["cells"]
+        for run in cell["runs"]
+        if run["status"] == "failed"
+    ]
+    if failed:
+        lines += ["## Runs that failed", "", *failed, ""]
+    lines += [f"![{Path(name).stem}]({name})\n" for name in pictures]
+    return "\n".join(lines)
+
+
+def labels_of(configs: Sequence[FitConfig]) -> list[str]:
+    """A label for each run: its objective, and the settings in which it differs from others of that objective."""
+    flats = [_flat(settings_of(config)) for config in configs]
+    labels = []
+    for config, flat in zip(configs, flats, strict=True):
+        name = type(config.objective).__name__
+        peers = [
+            other
+            for other, its in zip(flats, configs, strict=True)
+            if type(its.objective).__name__ == name and its.data == config.data
+        ]
+        differing = [key for key in flat if any(other.get(key) != flat[key] for other in peers)]
+        labels.append(", ".join([name, *(f"{key.rpartition('.')[2]} {flat[key]}" for key in differing)]))
+    return labels
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
