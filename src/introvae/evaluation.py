@@ -87,6 +87,8 @@ def evaluate(
         "page": path.with_suffix(".html").name,
         "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }
+    if guard := run.events("guard"):
+        report["guard"] = [{name: fact for name, fact in event.items() if name != "event"} for event in guard]
     if isinstance(loaded, ArrayData):
         report |= {"train": len(loaded.train), "heldout": len(loaded.heldout)}
     if isinstance(loaded, ArrayData) and loaded.intake is not None:
@@ -96,7 +98,7 @@ def evaluate(
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         settings = run.config_path.read_text(encoding="utf-8")
         environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
-        page = render({"worst": [], "intake": None, **report}, run.folder, settings, environment)
+        page = render({"worst": [], "intake": None, "guard": [], **report}, run.folder, settings, environment)
         write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error

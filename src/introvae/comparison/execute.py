@@ -35,7 +35,7 @@ EVALUATION_SECONDS = 8.0
 """What starting a process and measuring a model take besides the steps; measured for points in the plane."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of a comparison."""
 

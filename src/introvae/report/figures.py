@@ -50,8 +50,14 @@ def interpolations(model: IntrospectiveVAE, x: Tensor) -> Image:
 
 
 def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
-    """KL of real samples, reconstructions and draws, and the reconstruction error, over the steps of a run."""
-    figure, (left, right) = _axes(2)
+    """KL of real samples, reconstructions and draws, the reconstruction error, and settings that found their own value,
+    over the steps of a run.
+    """
+    found_itself = [name for name in ("beta_neg", "margin") if len({row[name] for row in log if name in row}) > 2]
+    figure, (left, right, *more) = _axes(2 + len(found_itself))
+    for axis, name in zip(more, found_itself, strict=True):
+        axis.plot([row["step"] for row in log], [row[name] for row in log], color=SAMPLE, lw=1.2)
+        axis.set(title=f"{name}, found by itself", xlabel="step", ylim=(0, None))
     steps = [row["step"] for row in log]
     series = (("kl_real", REAL, "real"), ("kl_reconstruction", RECONSTRUCTION, "reconstruction"))
     for name, colour, label in (*series, ("kl_sample", SAMPLE, "sample")):
@@ -64,7 +70,7 @@ def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
     unit = "squared error, sum over pixels" if images else "squared error, sum over values"
     right.set(title=f"Reconstruction: {unit}", xlabel="step", ylim=(0, None))
     warm = [row["step"] for row in log if row["phase"] == "warmup"]
-    for axis in (left, right):
+    for axis in (left, right, *more):
         if warm:
             axis.axvspan(0, max(warm), color="#eeeeee", zorder=0)
             axis.text(

@@ -11,15 +11,15 @@ from torch import Tensor
 from introvae.errors import ConfigError
 from introvae.objectives import Objective
 
-EVERY = 5
+EVERY = 10
 """Steps between two looks: what a look costs is then lost in the step."""
-KEEP = 0.9
+KEEP = 0.8
 """Decay of the averages from look to look: they remember about 50 steps."""
 BAND = (0.0, 0.5)
 """Where (KL(fake) - KL(real)) / KL(real) may be. Above 0 the encoder tells fakes from real, so the decoder learns; far
 above it the encoder sees more than the decoder can follow."""
-GAIN, MOST_CHANGE = 0.5, 0.02
-"""Change of ln(exponent) at a look: gain times the distance from the band, at most 2 %."""
+GAIN, MOST_CHANGE = 0.5, 0.04
+"""Change of ln(exponent) at a look: gain times the distance from the band, at most 4 %."""
 START = 1.5
 """The exponent alpha s beta_neg KL(real) at the start, about that of the published settings on 8 Gaussians."""
 LEAST, MOST = 1.0, 10.0

@@ -21,7 +21,7 @@ LOOK = 10
 what is not finite is recognised within 2 * LOOK steps."""
 COPY_EVERY = 200
 """Steps between two copies of the state."""
-PROBATION = 100
+PROBATION = 200
 """A copy counts as good when so many steps have followed it without an alarm."""
 GRACE = 50
 """Steps after a change in which only numbers that are not finite are seen, at their end."""
@@ -30,10 +30,13 @@ ATTEMPTS = 5
 KEEP = 0.8
 """Decay of the averages from look to look: they remember about 50 steps."""
 
-EXPLODED, JUMPED = 10.0, 1000.0
+EXPLODED, JUMPED = 10.0, 100.0
 """An averaged KL above this many times its reference explodes; above the second it did not grow but jump."""
 ASLEEP, ASLEEP_STEPS = 0.9, 500
 """KL(fake) below this share of KL(real) for so long: the encoder does not tell fakes from real."""
+FELT, FELT_STEPS = (0.05, 20.0), 100
+"""Outside of this range of the exponent alpha s beta_neg KL(real), for so long, the encoder hardly feels the fakes: below
+it its push on them has no weight, above it no rest. The published settings have 0.6 to 10."""
 POSTERIOR_STEPS = 500
 """KL(real) below `LEAST_KL` for so long: the posterior is the prior, latents say nothing."""
 ALIKE, ALIKE_STEPS, DIVERSE = 0.01, 100, 0.1
@@ -97,6 +100,7 @@ class Watch:
     def __init__(self, objective: Objective, scale: float, latent_dim: int) -> None:
         self.objective, self.scale, self.latent_dim = objective, scale, latent_dim
         self.reference: float | None = None
+        self.usual: float | None = None
         self.averages: dict[str, float] = {}
         self.since: dict[str, int] = {}
         self.blind_until, self.was_diverse = 0, False
@@ -115,7 +119,23 @@ class Watch:
             return None
         if self.reference is None:
             self.reference = self.averages["kl_real"]
-        return self._exploded(values) or self._lasting(step, values)
+        # Ten times slower than the averages: hardly touched by what is recognised soon.
+        real = self.averages["kl_real"]
+        self.usual = real if self.usual is None else self.usual + 0.1 * (1 - KEEP) * (real - self.usual)
+        return self._exploded(values) or self._unfelt(step, values) or self._lasting(step, values)
+
+    def _unfelt(self, step: int, values: Mapping[str, float]) -> Alarm | None:
+        """beta_neg is so far off that the encoder does not feel the fakes."""
+        if values.get("beta_neg", 0) <= 0 or values.get("c", 1) < 1:
+            return None
+        balanced = balancing_beta_neg(self.objective, self.scale, self.averages["kl_real"], exponent=1)
+        exponent = values["beta_neg"] / balanced
+        if not self._lasts(step, "unfelt", not FELT[0] <= exponent <= FELT[1], FELT_STEPS):
+            return None
+        size = "small" if exponent < 1 else "big"
+        cause = f"the adversarial signal is dead: beta_neg {values['beta_neg']:.3g} is far too {size}"
+        wanted = balancing_beta_neg(self.objective, self.scale, self.usual or 1.0)
+        return Alarm(cause, "beta_neg", wanted / values["beta_neg"])
 
     def _exploded(self, values: Mapping[str, float]) -> Alarm | None:
         usual = max(self.reference or 0.0, self.latent_dim / 2, values.get("margin", 0.0))
@@ -143,8 +163,8 @@ class Watch:
         if self._lasts(step, "asleep", fake < ASLEEP * real and real >= LEAST_KL, ASLEEP_STEPS):
             cause = f"the adversarial signal is dead: KL(fake) {fake:.3g} nats under KL(real) {real:.3g}"
             if "beta_neg" in values and values["beta_neg"] > 0:
-                wanted = balancing_beta_neg(self.objective, self.scale, real)
-                return Alarm(cause, "beta_neg", min(0.5, wanted / values["beta_neg"]), back=False)
+                factor = balancing_beta_neg(self.objective, self.scale, real) / values["beta_neg"]
+                return Alarm(cause, "beta_neg", factor if factor > 2 or factor < 0.5 else 0.5, back=False)
             if "margin" in values:
                 return Alarm(cause, "margin", 1.5, back=False)
         return None
@@ -163,6 +183,7 @@ class Watch:
         """Plain values."""
         return {
             "reference": self.reference,
+            "usual": self.usual,
             "averages": dict(self.averages),
             "since": dict(self.since),
             "blind_until": self.blind_until,
@@ -172,7 +193,7 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.reference, self.blind_until = state["reference"], state["blind_until"]
-        self.was_diverse = state["was_diverse"]
+        self.was_diverse, self.usual = state["was_diverse"], state["usual"]
         self.averages, self.since = dict(state["averages"]), dict(state["since"])
 
 

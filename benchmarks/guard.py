@@ -1,0 +1,173 @@
+"""What the guard makes of faults put into a training: `python benchmarks/guard.py --json guard.json`.
+
+8 Gaussians, Soft-IntroVAE, a small network. Every fault is put into ten runs (seeds), half-way: a NaN in one gradient;
+the rate times 1000 for 50 steps; beta_neg set to 0.01, and to 1e5, for good. A run "recovered" when it came to its end
+with all 8 modes, "stopped" when it ended with a message that names the cause, "lost" when neither. Files on disk are
+looked at for numbers that are not finite. Last, what guard and controller cost in a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import parser, progress, report
+from safetensors.torch import load_file
+
+from introvae import DivergedError, FitConfig, Run, SoftIntroVAE, Warmup
+from introvae.measures import measure
+from introvae.training.checkpoint import list_checkpoints
+from introvae.training.loop import Trainer
+
+FAULTS = ("none", "gradient NaN", "rate x 1000 for 50 steps", "beta_neg 0.01", "beta_neg 1e5")
+
+
+def config(steps: int, seed: int, guard: str = "act", beta_neg: Any = 0.9) -> FitConfig:
+    """The run that faults are put into."""
+    return FitConfig(
+        data="density:8gaussians",
+        objective=SoftIntroVAE(beta_rec=0.2, beta_kl=0.3, beta_neg=beta_neg),
+        network="mlp",
+        network_options={"hidden": 64},
+        batch_size=256,
+        steps=steps,
+        lr=1e-3,
+        lr_schedule="cosine",
+        lr_warmup=100,
+        ema=0.998,
+        warmup=Warmup(share=0.1, beta_rec=0.8, beta_kl=0.05),
+        seed=seed,
+        image_every=0,
+        checkpoint_every=500,
+        guard=guard,
+        device="cpu",
+    )
+
+
+def put_in(fault: str, trainer: Trainer, at: int) -> None:
+    """Let the fault happen at step `at`."""
+    if fault == "gradient NaN":
+        weight = next(trainer.model.decoder.parameters())
+        weight.register_hook(lambda gradient: gradient * float("nan") if trainer.step_index == at else gradient)
+    elif fault.startswith("rate"):
+        usual = trainer.step.set_lr
+        trainer.step.set_lr = lambda lr: usual(lr * 1000 if at <= trainer.step_index < at + 50 else lr)
+    elif fault.startswith("beta_neg"):
+        wanted, usual_update = float(fault.split()[1]), trainer.controller.update
+
+        def update(step: int) -> dict[str, torch.Tensor]:
+            if step == at:
+                trainer.controller.multiply("beta_neg", wanted / 0.9)
+            return usual_update(step)
+
+        trainer.controller.update = update
+
+
+def all_finite(run: Run) -> bool:
+    """Whether every weight in the run's folder is finite."""
+    states = [torch.load(path, weights_only=True) for path in list_checkpoints(run.checkpoints)]
+    tensors = [t for state in states for part in (state["players"]["model"], state["average"]) for t in part.values()]
+    if run.model_folder.exists():
+        tensors += load_file(run.model_folder / "model.safetensors").values()
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def faulty(fault: str, steps: int, seed: int, guard: str) -> dict[str, Any]:
+    """One run with the fault; what became of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config(steps, seed, guard))
+        run = Run.create(Path(folder) / "run", trainer.config)
+        put_in(fault, trainer, steps // 2)
+        found: dict[str, Any] = {"modes": 0.0, "within_3_sigma": 0.0}
+        try:
+            trainer.train(run, progress=False)
+            metrics = measure(trainer.averaged_model(), trainer.data)
+            found = {"modes": metrics["modes"]["value"], "within_3_sigma": metrics["share_within_3_sigma"]["value"]}
+            end = "recovered" if found["modes"] == 8 else "lost"
+            said = ""
+        except DivergedError as error:
+            end, said = "stopped", str(error)
+        except Exception as error:
+            end, said = "lost", str(error)
+        events = [{name: event[name] for name in ("step", "cause", "change")} for event in run.events("guard")]
+        return {"seed": seed, "end": end, **found, "said": said, "guard": events, "finite": all_finite(run)}
+
+
+def summed_up(fault: str, guard: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table."""
+    ends = [run["end"] for run in runs]
+    alive = [run["within_3_sigma"] for run in runs if run["end"] == "recovered"]
+    return {
+        "case": fault,
+        "guard": guard,
+        "runs": len(runs),
+        **{end: ends.count(end) for end in ("recovered", "stopped", "lost")},
+        "changes": sum(len([e for e in run["guard"] if e["change"]]) for run in runs) / len(runs),
+        "within_3_sigma": sum(alive) / len(alive) if alive else None,
+        "finite_on_disk": sum(run["finite"] for run in runs),
+        "details": runs,
+    }
+
+
+def cost(rounds: int) -> list[dict[str, Any]]:
+    """A step with and without guard and controller, taking turns; an MLP in the plane, whose steps are the shortest."""
+    cases = []
+    for case, guard, beta_neg in (("guard", "act", 0.9), ("guard and beta_neg auto", "act", "auto")):
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        with tempfile.TemporaryDirectory() as folder:
+            made = {
+                "without": Trainer(config(4000, 0, "off")),
+                "with": Trainer(config(4000, 0, guard, beta_neg)),
+            }
+            runs = {name: Run.create(Path(folder) / name, trainer.config) for name, trainer in made.items()}
+            for trainer in made.values():
+                trainer.step_index = trainer.config.warmup.steps
+                trainer._one_step()
+            for _ in range(rounds):
+                for name, trainer in made.items():
+                    started = time.perf_counter()
+                    for _ in range(200):  # as often as the state is copied
+                        trainer._one_step()
+                        trainer._tell(runs[name], trainer.guard.see(trainer.step_index, trainer._record))
+                    times[name].append((time.perf_counter() - started) / 200 * 1e3)
+        shares = [ours / bare - 1 for ours, bare in zip(times["with"], times["without"], strict=True)]
+        cases.append(
+            {
+                "case": f"cost of {case}",
+                "step_ms": median(times["without"]),
+                "with_ms": median(times["with"]),
+                "share": median(shares),
+                "least": min(times["with"]) / min(times["without"]) - 1,
+                "rounds": rounds,
+            }
+        )
+    return cases
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, help="of each run; default: 4000; short: 1200")
+    options.add_argument("--seeds", type=int, help="default: 10; short: 1")
+    options.add_argument("--rounds", type=int, help="of the cost; default: 15; short: 3")
+    options.add_argument("--guard", default="act", help="act, or off to see what the faults do alone")
+    options.add_argument("--only-cost", action="store_true", help="no faults")
+    own = options.parse_args()
+    steps, seeds = own.steps or (1200 if own.short else 4000), own.seeds or (1 if own.short else 10)
+    cases: list[dict[str, Any]] = []
+    for fault in () if own.only_cost else FAULTS:
+        runs = []
+        for seed in range(1 if fault == "none" else seeds):
+            runs.append(faulty(fault, steps, seed, own.guard))
+            progress(f"{fault}, seed {seed}: {runs[-1]}")
+        cases.append(summed_up(fault, own.guard, runs))
+    cases += cost(own.rounds or (3 if own.short else 15))
+    details = {case["case"]: case.pop("details") for case in cases if "details" in case}
+    report(cases, own.json, setting={"steps": steps, "seeds": seeds}, runs=details)
+
+
+if __name__ == "__main__":
+    main()
