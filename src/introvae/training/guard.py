@@ -35,8 +35,8 @@ EXPLODED, JUMPED = 10.0, 100.0
 ASLEEP, ASLEEP_STEPS = 0.9, 500
 """KL(fake) below this share of KL(real) for so long: the encoder does not tell fakes from real."""
 FELT, FELT_STEPS = (0.05, 20.0), 100
-"""Outside of this range of the exponent alpha s beta_neg KL(real), for so long, the encoder hardly feels the fakes: below
-it its push on them has no weight, above it no rest. The published settings have 0.6 to 10."""
+"""Outside of this range of the exponent alpha s beta_neg KL(real), for so long, the encoder hardly pushes fakes away:
+below it the push has too little weight, above it the exponential is 0. The published settings have 0.6 to 10."""
 POSTERIOR_STEPS = 500
 """KL(real) below `LEAST_KL` for so long: the posterior is the prior, latents say nothing."""
 ALIKE, ALIKE_STEPS, DIVERSE = 0.01, 100, 0.1
