@@ -104,7 +104,8 @@ class IntrospectiveStep:
         >>> model = IntrospectiveVAE.build(shape=(2,), network="tiny-mlp", latent_dim=2)
         >>> step = IntrospectiveStep(model, SoftIntroVAE(beta_neg=1.0))
         >>> sorted(step(torch.randn(16, 2)))
-        ['kl_real', 'kl_reconstruction', 'kl_sample', 'loss_decoder', 'loss_encoder', 'rec', 'variance_ratio']
+        ['apart_fakes', 'apart_real', 'kl_real', 'kl_reconstruction', 'kl_sample', 'loss_decoder', 'loss_encoder',
+         'rec']
     """
 
     def __init__(
@@ -165,9 +166,10 @@ class IntrospectiveStep:
 
         Returns:
             Detached scalars: rec (squared error summed over pixels), kl_* in nats and loss_encoder, all before the
-            update; loss_decoder after the encoder's; variance_ratio, the variance of the samples over the batch as a
-            share of that of the real images. A step without fakes leaves theirs out. With `gradients`,
-            gradient_adversarial and gradient_reconstruction: Euclidean norms over all of the decoder's weights.
+            update; loss_decoder after the encoder's; apart_fakes and apart_real, the squared distance of samples to
+            reconstructions and to real images (0 and their variance for a decoder that collapsed, nearly equal for a
+            good one). A step without fakes leaves theirs out. With `gradients`, gradient_adversarial
+            and gradient_reconstruction: Euclidean norms over all of the decoder's weights.
 
         Raises:
             DataError: x has another shape than the model takes, or is too small a batch for the objective.
@@ -399,12 +401,6 @@ def _mean(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([record[name] for record in records]).mean() for name in records[0]}
 
 
-def _variance(x: Tensor) -> Tensor:
-    """Variance over the batch, summed over pixels; a scalar."""
-    x = x.detach().flatten(1)
-    return (x - x.mean(dim=0)).square().mean(dim=0).sum()
-
-
 def _record(
     real: Judged, fakes: tuple[Judged, ...], loss_encoder: Tensor, loss_decoder: Tensor | None
 ) -> dict[str, Tensor]:
@@ -413,7 +409,9 @@ def _record(
         for name, fake in zip(("kl_reconstruction", "kl_sample"), fakes, strict=False):
             record[name] = fake.kl.mean()
         if fakes:
-            record["variance_ratio"] = _variance(fakes[1].x) / _variance(real.x)
+            reconstruction, sample = (fake.x.detach() for fake in fakes)
+            record["apart_fakes"] = squared_error(sample, reconstruction).mean()
+            record["apart_real"] = squared_error(sample, real.x).mean()
         if loss_decoder is not None:
             record["loss_decoder"] = loss_decoder.detach()
     return record

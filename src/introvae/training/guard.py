@@ -40,10 +40,10 @@ below it the push has too little weight, above it the exponential is 0. The publ
 POSTERIOR_STEPS = 500
 """KL(real) below `LEAST_KL` for so long: the posterior is the prior, latents say nothing."""
 ALIKE, ALIKE_STEPS, DIVERSE = 0.01, 100, 0.1
-"""Samples whose variance is below this share of that of the real ones, for so long, after it was above the third
-number: the decoder collapsed. Many a run begins collapsed on the mean, and climbs out of it."""
+"""Samples and reconstructions whose squared distance is below this share of that of samples and real ones, for so long,
+after it was above the third number: the decoder collapsed. Many a run begins collapsed, and climbs out of it."""
 
-SEEN = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "variance_ratio", "loss_encoder", "loss_decoder")
+SEEN = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "apart_fakes", "apart_real", "loss_encoder", "loss_decoder")
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class Watch:
         """States that are wrong only when they last."""
         real = self.averages["kl_real"]
         fake = (self.averages["kl_reconstruction"] + self.averages["kl_sample"]) / 2
-        share = self.averages["variance_ratio"]
+        share = self.averages["apart_fakes"] / max(self.averages["apart_real"], 1e-30)
         self.was_diverse = self.was_diverse or share > DIVERSE
         if self._lasts(step, "alike", self.was_diverse and share < ALIKE, ALIKE_STEPS):
-            return Alarm(f"samples are all alike: {share:.2g} of the variance of real ones", "lr", 0.5)
+            return Alarm(f"fakes are all alike: {share:.2g} as far apart as from real ones", "lr", 0.5)
         if self._lasts(step, "posterior", real < LEAST_KL, POSTERIOR_STEPS) and "beta_kl" in values:
             return Alarm(f"the posterior collapsed: kl_real is {real:.2g} nats", "beta_kl", 0.5, back=False)
         if self._lasts(step, "asleep", fake < ASLEEP * real and real >= LEAST_KL, ASLEEP_STEPS):

@@ -17,6 +17,7 @@ from introvae.model import IntrospectiveVAE
 from introvae.objectives import Objective
 from introvae.step import IntrospectiveStep, Noise
 from introvae.training.config import FitConfig
+from introvae.training.guard import COPY_EVERY
 
 ROOM = 0.8
 """Share of the free memory that a proposed batch may fill."""
@@ -54,8 +55,11 @@ class Plan:
         self.config, self.shape, self.model, self.precision = config, shape, model, precision
         self.device, self.processes = model.device, processes
         held = sum(tensor.nbytes for tensor in model.state_dict().values())
-        # This process' libraries and data; the model and its average are counted with the step.
-        self.before = max(0, resident_bytes() - 2 * held) + LIBRARIES if self.device.type == "cpu" else 0
+        # This process' libraries and data; the model and its average are counted with the step. The guard keeps two
+        # copies of both and of Adam's two moments, in main memory.
+        copies = 2 * 4 * held if config.guard == "act" and (config.steps or 0) > COPY_EVERY else 0
+        cpu = self.device.type == "cpu"
+        self.before = max(0, resident_bytes() - 2 * held) + LIBRARIES + copies if cpu else 0
 
     def step_bytes(self, batch: int) -> int:
         """Largest number of bytes that tensors hold during the steps with `batch` samples in this process.
