@@ -229,9 +229,14 @@ def test_a_beta_neg_that_is_not_felt_for_100_steps_is_balanced(beta_neg: float, 
         return
     assert found is not None
     step, alarm = found
-    assert (step, alarm.setting, alarm.back) == (100, "beta_neg", True)
+    assert (step, alarm.setting, alarm.back) == (100, "beta_neg", False)  # it never was: nothing better to go back to
     assert said in alarm.cause
     assert alarm.factor * beta_neg == pytest.approx(0.75)
+    changed = watch()
+    assert first_alarm(changed, always(), SOFT, end=200) is None
+    steps = range(200, 400, 10)
+    alarms = [(step, alarm) for step in steps if (alarm := changed.judge(step, HEALTHY, values)) is not None]
+    assert (alarms[0][0], alarms[0][1].back) == (300, True)
 
 
 def test_beta_neg_is_not_felt_either_while_the_distance_leads() -> None:
@@ -417,13 +422,14 @@ def test_a_copy_is_good_after_200_steps_without_an_alarm() -> None:
         game.play(game.step + 10)
         seen[game.step] = game.guard.copies.good_step
     assert {step: good for step, good in seen.items() if step % 200 == 0} == {
-        200: None,
+        200: 20,
         400: 200,
         600: 400,
         800: 600,
         1000: 800,
     }
-    assert seen[390] is None
+    assert seen[10] is None
+    assert seen[20] == seen[390] == 20  # the first that was looked at
     assert seen[410] == seen[590] == 200
     assert game.events == []
 
@@ -456,8 +462,7 @@ def test_the_changes_of_a_guard_add_up_and_the_sixth_alarm_ends_the_run() -> Non
 
 def test_numbers_that_are_not_finite_before_there_is_a_copy_end_the_run() -> None:
     game = Game()
-    game.play(300)
-    events = game.play(320, rec=math.nan)
+    events = game.play(20, rec=math.nan)
     assert [event["change"] for event in events] == [None]
     assert (game.guard.rate, game.guard.attempts) == (1.0, 0)
 
@@ -488,9 +493,6 @@ def test_warn_tells_each_cause_once_and_changes_nothing() -> None:
     assert game.play(3000, kl_reconstruction=0.5, kl_sample=0.5) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="warn takes two causes for one: both begin with 'the adversarial signal is dead'"
-)
 def test_two_ways_of_a_dead_signal_are_both_told() -> None:
     """beta_neg that is not felt, and later an encoder that sleeps although beta_neg is felt: other remedies."""
     game = Game("warn", SoftIntroVAE(beta_neg=1e-3))
@@ -511,7 +513,6 @@ def test_warn_and_off_end_a_run_whose_numbers_are_not_finite() -> None:
     assert event["change"] is None
 
 
-@pytest.mark.xfail(strict=True, reason="an alarm that restores nothing does not drop the candidate")
 def test_an_alarm_in_a_copy_s_200_steps_keeps_it_from_being_good() -> None:
     """The copy of step 200 is followed by an alarm, here one that undoes nothing."""
     game = Game()
@@ -543,7 +544,6 @@ def test_the_state_of_a_guard_survives_a_file() -> None:
     assert len(ours) >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="go_back takes the margin to its start of 120, and begin() is not called again")
 def test_a_rollback_into_the_warm_up_keeps_the_margin_that_the_warm_up_found() -> None:
     objective = IntroVAE(margin="auto")
     weight = torch.zeros(1)
@@ -708,9 +708,6 @@ def test_a_run_whose_rate_is_a_thousand_times_too_high_for_50_steps_comes_to_its
     assert run.log()[-1]["rec"] < 20
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lines of the log that are not finite use up attempts, without the 50 steps each"
-)
 @pytest.mark.usefixtures("soon_good")
 def test_a_line_of_the_log_for_every_step_does_not_use_up_the_attempts(tmp_path: Path) -> None:
     ends = []

@@ -332,3 +332,36 @@ def test_a_hub_name_loads_what_the_hub_gives(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match="the hub does not give it: no route"):
         IntrospectiveVAE.from_pretrained("owner/model")
+
+
+# --- random Fourier features
+
+
+def test_waves_are_sines_and_cosines_of_fixed_projections_and_are_saved(tmp_path) -> None:
+    torch.manual_seed(0)
+    options = {"hidden": 8, "waves": 5, "encoder_frequency": 0.25, "decoder_frequency": 2.0}
+    model = IntrospectiveVAE.build((3,), "mlp", latent_dim=2, **options)
+    x = torch.randn(7, 3)
+    projection = model.encoder.features.projection.numpy()
+    angles = x.numpy() @ projection
+    expected = np.concatenate([x.numpy(), np.sin(angles), np.cos(angles)], axis=1)
+    np.testing.assert_allclose(model.encoder.features(x).numpy(), expected, atol=1e-6)
+    assert not [name for name, _ in model.named_parameters() if "projection" in name]
+    assert projection.shape == (3, 5)
+    model.save_pretrained(tmp_path)
+    loaded = IntrospectiveVAE.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encoder.features.projection, model.encoder.features.projection)
+    assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
+
+
+def test_waves_have_the_stated_frequency_and_are_not_rounded_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = IntrospectiveVAE.build((2,), "mlp", latent_dim=2, waves=20_000, hidden=1, decoder_frequency=2.0)
+    for part, frequency in ((model.encoder, 0.3), (model.decoder, 2.0)):
+        assert part.features.projection.std().item() == pytest.approx(2 * np.pi * frequency, rel=0.02)
+    x = torch.randn(16, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.decoder.features(x)
+    assert torch.equal(rounded, model.decoder.features(x))
+    with pytest.raises(ConfigError, match="encoder_frequency"):
+        IntrospectiveVAE.build((2,), "mlp", latent_dim=2, waves=4, encoder_frequency=0.0)

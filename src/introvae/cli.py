@@ -113,7 +113,7 @@ def _fit(words: list[str]) -> None:
     from introvae.training.loop import Trainer
     from introvae.training.run import Run
 
-    words = [_underscored(word) for word in words]
+    words = [settings.underscored(word) for word in words]
     parser = _parser("fit", "Train a model and leave everything in a run folder.", FIT_EXAMPLE)
     parser.add_argument("--recipe", default="auto", help="a recipe's name or file, auto (the recommended one) or none")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
@@ -282,6 +282,9 @@ def _compare(words: list[str]) -> None:
         "  introvae compare --recipe table-2d --out runs/table-2d\n  introvae compare runs/a runs/b\n\n"
         "Other options are those of introvae fit and go to every run. The same command again goes on with the rest."
     )
+    from introvae.comparison.compare import compare
+    from introvae.training.config import underscored
+
     folders = []
     while words and not words[0].startswith("-"):
         folders.append(words.pop(0))
@@ -290,9 +293,9 @@ def _compare(words: list[str]) -> None:
     )
     parser.usage = "introvae compare [RUNS ...] [OPTIONS] [SETTINGS OF FIT]"
     parser.add_argument("--objectives", default="", help="names, joined by commas")
-    parser.add_argument("--data", default="digits", help="what to train on, joined by commas (default: digits)")
+    parser.add_argument("--data", help="what to train on, joined by commas (default: digits)")
     parser.add_argument("--recipe", help="a comparison by name (introvae recipes lists them) or a YAML file")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each objective on each data (default: 3)")
+    parser.add_argument("--seeds", type=int, help="runs of each objective on each data (default: 3)")
     parser.add_argument(
         "--out", default="runs/comparison", help="folder of runs and results (default: runs/comparison)"
     )
@@ -300,15 +303,10 @@ def _compare(words: list[str]) -> None:
     parser.add_argument("--hours", type=float, help="run only what fits into so many hours, the first ones first")
     parser.add_argument("--known", metavar="FILE", help="an earlier comparison.json: its runs are not made again")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run and how long it takes")
-    own, settings = parser.parse_known_args([_underscored(word) for word in words])
-    for word in ("--seed", "--resume", "--evaluate", "--quiet"):
-        if any(given == word or given.startswith(f"{word}=") for given in settings):
-            raise ConfigError(f"{word} is set by compare for each run: leave it out")
-    from introvae.comparison.compare import compare
-
+    own, settings = parser.parse_known_args([underscored(word) for word in words])
     compare(
         [name for name in own.objectives.split(",") if name],
-        [name for name in own.data.split(",") if name],
+        None if own.data is None else [name for name in own.data.split(",") if name],
         recipe=own.recipe,
         runs=folders,
         seeds=own.seeds,
@@ -392,12 +390,6 @@ def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _underscored(word: str) -> str:
-    """--checkpoint-every=5 as --checkpoint_every=5."""
-    name, equals, value = word.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -26,11 +26,11 @@ RESULT, TABLE = "comparison.json", "comparison.md"
 
 def compare(
     objectives: Sequence[str] = (),
-    data: Sequence[str] = ("digits",),
+    data: Sequence[str] | None = None,
     *,
     recipe: str | None = None,
     runs: Sequence[str | Path] = (),
-    seeds: int = 3,
+    seeds: int | None = None,
     settings: Sequence[str] = (),
     out: str | Path = "runs/comparison",
     workers: int | None = None,
@@ -45,10 +45,10 @@ def compare(
 
     Arguments:
         objectives: names, each with its recommended recipe for the data.
-        data: as `--data` takes them.
+        data: as `--data` takes them; by default digits.
         recipe: the name of a comparison that comes with the package, or a YAML file of one, instead of these two.
         runs: folders of finished runs instead; those without a report are measured.
-        seeds: how many runs of each; 0, 1, 2 ...
+        seeds: how many runs of each, by default 3: seeds 0, 1, 2 ...
         settings: further words of `introvae fit`, for all runs.
         out: folder for the runs, `comparison.json`, `comparison.md` and pictures.
         workers: runs at a time; by default one for each GPU or processor core.
@@ -69,19 +69,20 @@ def compare(
     """
     folder = Path(out)
     if runs:
-        if objectives or recipe:
-            raise ConfigError("finished runs are compared as they are: give either RUNS, or objectives or a recipe")
+        if objectives or recipe or settings or data or seeds or known or hours or dry_run:
+            raise ConfigError("finished runs are compared as they are: leave everything but RUNS and --out out")
         return _write(folder, *_of_runs([Path(run) for run in runs]))
-    whole(seeds=seeds)
-    positive(seeds=seeds)
+    if recipe is not None and (objectives or settings or data or seeds):
+        raise ConfigError("a comparison's file says what is run: give either --recipe or objectives, data and settings")
+    count = 3 if seeds is None else seeds
+    whole(seeds=count)
+    positive(seeds=count)
     if workers is not None:
         whole(workers=workers)
         positive(workers=workers)
     if hours is not None:
         positive(hours=hours)
-    if recipe is not None and (objectives or settings):
-        raise ConfigError("a comparison's file says what is run: give either --recipe or --objectives and settings")
-    plan = from_file(recipe) if recipe is not None else from_words(objectives, data, seeds, settings)
+    plan = from_file(recipe) if recipe is not None else from_words(objectives, data or ["digits"], count, settings)
     before = _read(known)
     every = jobs(plan, folder)
     todo = [job for job in every if job.status in ("new", "begun") and known_result(job, before) is None]
@@ -92,11 +93,16 @@ def compare(
     _say(every, todo, chosen, costs, count, threads)
     if dry_run:
         return collect(plan, every, costs, before)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULT, _dumped(collect(plan, every, costs, before)))
-    run_all(
-        chosen, count, threads, lambda: write_atomically(folder / RESULT, _dumped(collect(plan, every, costs, before)))
-    )
+
+    def keep() -> None:
+        write_atomically(folder / RESULT, _dumped(collect(plan, every, costs, before)))
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep()
+        run_all(chosen, count, threads, keep)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error}): give it room or rights, or choose --out") from error
     return _write(folder, plan, every, collect(plan, every, costs, before))
 
 
@@ -199,6 +205,6 @@ def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
             }
             for name, figure in made.items():
                 if figure is not None:
-                    stem = "-".join(dict.fromkeys([slug(section.key), slug(data), name]))
+                    stem = "-".join(dict.fromkeys([slug(section.key), slug(Path(data).stem), name]))
                     drawn.append(save_picture(figure, folder / f"{stem}.png").name)
     return drawn

@@ -5,33 +5,40 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from introvae.comparison.plan import Cell, Comparison
-from introvae.errors import InterruptedRunError, first_line
+from introvae.data import Data
+from introvae.errors import ConfigError, InterruptedRunError, first_line
 from introvae.files import write_atomically
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.config import FitConfig
 from introvae.training.devices import pick_device
-from introvae.training.loop import Trainer
+from introvae.training.loop import Trainer, resolve
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
 
-FAILURE = "failure.txt"
-"""In a run folder: why the run ended without a result. It is not tried again until the folder is removed."""
+FAILURE, WORDS = "failure.txt", "command.txt"
+"""In a run folder: why the run ended without a result (it is not tried again until the folder is removed); the words that
+began it."""
 WARM, TIMED = 3, 12
 """Steps before and in the measurement of a step's time."""
-EVALUATION_SECONDS = 8.0
+EVALUATION_SECONDS = 12.0
 """What starting a process and measuring a model take besides the steps; measured for points in the plane."""
 
 
@@ -54,6 +61,28 @@ class Job:
             return "failed"
         return "begun" if list_checkpoints(run.checkpoints) else "new"
 
+    def check(self) -> None:
+        """Raise `ConfigError` where the folder holds a run that was begun with other words."""
+        try:
+            words = (self.folder / WORDS).read_text(encoding="utf-8")
+        except OSError:
+            words = None
+        if words != self._words() and self.status != "new":
+            raise ConfigError(
+                f"{self.folder} holds a run with other settings ({(words or 'unknown').strip()}): choose another "
+                "--out, or remove it"
+            )
+
+    def _words(self) -> str:
+        return shlex.join(self.cell.command(self.seed)) + "\n"
+
+    def prepare(self) -> None:
+        """Make the folder ready: what a run left that was ended before its first checkpoint is of no use."""
+        if self.status == "new":
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_atomically(self.folder / WORDS, self._words().encode())
+
     def command(self) -> list[str]:
         """The words after the interpreter that bring the job to its end."""
         introvae = ["-m", "introvae"]
@@ -68,7 +97,7 @@ def jobs(plan: Comparison, out: Path) -> list[Job]:
     """All runs of a comparison, in the order in which they are to be made: every section's first seeds first.
 
     Raises:
-        ConfigError: a setting is wrong.
+        ConfigError: a setting is wrong, or a folder holds another run.
     """
     found = []
     for section in plan.sections:
@@ -77,6 +106,7 @@ def jobs(plan: Comparison, out: Path) -> list[Job]:
                 if index < len(cell.seeds):
                     seed = cell.seeds[index]
                     found.append(Job(cell, seed, cell.folder(out, seed), cell.config(seed)))
+                    found[-1].check()
     return found
 
 
@@ -93,7 +123,7 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
     Raises:
         IntrovaeError: a job's data or settings will not do.
     """
-    known: dict[tuple[object, ...], tuple[float, float]] = {}
+    known: dict[tuple[object, ...], tuple[float, float, Data]] = {}
     found = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -103,11 +133,12 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
             options = tuple(sorted((name, str(value)) for name, value in config.network_options.items()))
             key = (config.data, type(config.objective), config.network, options, config.batch_size, config.precision)
             if key not in known:
-                known[key] = _step_seconds(Trainer(config))
-            warm, full = known[key]
-            trainer = job.config
-            steps = trainer.steps or 0
-            warming = config.warmup.resolved(steps).steps if config.objective.adversarial else 0
+                trainer = Trainer(config)
+                known[key] = (*_step_seconds(trainer), trainer.data)
+            warm, full, data = known[key]
+            config = resolve(config, data)
+            steps = config.steps or 0
+            warming = config.warmup.steps if config.objective.adversarial else 0
             share = 1 - _share_done(job, steps)
             found[job] = EVALUATION_SECONDS + share * (warming * warm + (steps - warming) * full)
     finally:
@@ -159,23 +190,28 @@ def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[],
     Raises:
         InterruptedRunError: Ctrl-C or a termination signal; the runs' states are saved.
     """
-    waiting, running = list(todo), dict[subprocess.Popen[str], Job]()
+    waiting, running = list(todo), dict[subprocess.Popen[bytes], Job]()
+    said = dict[subprocess.Popen[bytes], IO[bytes]]()  # files, since a full pipe would hold a run
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    with _ended_with_us(running):
+    with ExitStack() as files, _ended_with_us(running):
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                job.prepare()
                 words = [sys.executable, *job.command()]
+                errors = files.enter_context(tempfile.TemporaryFile())
+                # In a session of its own: a terminal's Ctrl-C reaches this process only, which tells the runs once.
                 process = subprocess.Popen(
-                    words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    words, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
                 )
-                running[process] = job
+                running[process], said[process] = job, errors
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
-                said = (process.communicate()[1] or "").strip().splitlines()
-                reason = said[-1].removeprefix("introvae: ") if said else f"exit code {process.returncode}"
+                with said.pop(process) as errors:
+                    errors.seek(0)
+                    lines = errors.read().decode(errors="replace").strip().splitlines()
+                reason = lines[-1].removeprefix("introvae: ") if lines else f"exit code {process.returncode}"
                 _note(job, process.returncode, reason, len(waiting) + len(running))
                 after()
 
@@ -186,22 +222,23 @@ def _note(job: Job, code: int, reason: str, left: int) -> None:
         log.info("done     %s (%d left)", name, left)
         return
     log.info("FAILED   %s: %s (%d left)", name, reason, left)
-    if code == 2:  # what the package itself says; a run that was killed may be gone on with
+    if code == 2 and "--resume" not in reason:  # what the package itself says, but that it was stopped
         job.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(job.folder / FAILURE, (reason + "\n").encode())
 
 
 @contextmanager
-def _ended_with_us(running: Mapping[subprocess.Popen[str], Job]) -> Iterator[None]:
+def _ended_with_us(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]:
     """Where this process is told to end, the runs are told too and save their state."""
 
     def handle(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, handle) if main else None
     try:
         yield
-    except KeyboardInterrupt as error:
+    except BaseException as error:
         for process in running:
             process.terminate()
         for process in running:
@@ -209,11 +246,14 @@ def _ended_with_us(running: Mapping[subprocess.Popen[str], Job]) -> Iterator[Non
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         raise InterruptedRunError(
             f"interrupted, {len(running)} runs saved their state: give the same command again to go on"
         ) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def reason_of(folder: Path) -> str:

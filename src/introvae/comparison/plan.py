@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from introvae.errors import ConfigError, positive, unknown, whole
-from introvae.training.config import RECIPES, FitConfig, parse_config, recipe_files
+from introvae.errors import ConfigError, checked_seed, unknown
+from introvae.training.config import RECIPES, FitConfig, config_from_words, underscored
 
 COMPARISONS = RECIPES / "compare"
+OWN = ("--seed", "--out", "--resume", "--evaluate", "--quiet", "--dry_run")
+"""Options of fit that are not a row's."""
 KEYS = {"title", "data", "rows", "seeds", "note"}
 
 
@@ -38,7 +40,7 @@ class Cell:
 
     def folder(self, out: Path, seed: int) -> Path:
         """The run folder of a seed."""
-        return out / "runs" / slug(self.section) / f"{slug(self.data)}--{slug(self.label)}--{seed}"
+        return out / "runs" / slug(self.section) / f"{slug(Path(self.data).stem)}--{slug(self.label)}--{seed}"
 
     def command(self, seed: int) -> list[str]:
         """The words with the seed."""
@@ -50,14 +52,8 @@ class Cell:
         Raises:
             ConfigError: a setting is wrong; the row is named.
         """
-        words = self.command(seed)
-        recipe = "auto"
-        if "--recipe" in words:
-            at = words.index("--recipe")
-            recipe = "".join(words[at + 1 : at + 2])
-            del words[at : at + 2]
         try:
-            return parse_config(words, recipe_files(recipe, words))
+            return config_from_words(self.command(seed))
         except ConfigError as error:
             raise ConfigError(f"row {self.label!r} on {self.data}: {error}") from error
 
@@ -110,6 +106,7 @@ def from_words(objectives: Sequence[str], data: Sequence[str], seeds: int, setti
     """
     if not objectives or not data:
         raise ConfigError("nothing to compare: give --objectives A,B and --data X")
+    _refuse(settings, ("--objective", "--recipe"), "the settings")
     rows = {name: shlex.join(["--objective", name, *settings]) for name in objectives}
     return Comparison("Comparison", (_section("comparison", {"data": list(data), "rows": rows, "seeds": seeds}),))
 
@@ -130,12 +127,13 @@ def from_file(name: str) -> Comparison:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): mend it") from error
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): give it as YAML") from error
     sections = content.get("sections") if isinstance(content, dict) else None
     if not isinstance(sections, dict) or not sections:
         raise ConfigError(f"{path} has no sections: give sections: NAME: data, rows, seeds")
     try:
         found = tuple(_section(str(key), block) for key, block in sections.items())
+        _refuse_shared(cell for section in found for cell in section.cells)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return Comparison(str(content.get("title", path.stem)), found)
@@ -151,27 +149,53 @@ def _section(key: str, block: Any) -> Section:
         raise ConfigError(f"section {key} must have data and rows, and may have {', '.join(sorted(KEYS))}: take these")
     seeds = block.get("seeds", 1)
     seeds = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
-    if not isinstance(seeds, list) or not seeds:
-        raise ConfigError(f"section {key}: seeds is {block.get('seeds')}: give their number, or a list of them")
-    for seed in seeds:
-        whole(seed=seed)
-    positive(seeds=len(seeds))
+    if not isinstance(seeds, list) or not seeds or len({str(seed) for seed in seeds}) < len(seeds):
+        raise ConfigError(
+            f"section {key}: seeds is {block.get('seeds')}: give their number, or a list of different ones"
+        )
     data = [block["data"]] if isinstance(block["data"], str) else block["data"]
+    if not isinstance(data, list) or not data or not all(isinstance(name, str) for name in data):
+        raise ConfigError(f"section {key}: data is {block['data']}: give a name, or a list of names")
     rows = block["rows"]
-    if not isinstance(rows, Mapping) or not all(isinstance(words, str) for words in rows.values()):
+    if not isinstance(rows, Mapping) or not rows or not all(isinstance(words, str) for words in rows.values()):
         raise ConfigError(f"section {key}: rows must be LABEL: WORDS OF FIT, such as VAE: --objective VAE: give these")
     cells = []
     for name in data:
         for label, words in rows.items():
-            short = str(name).removeprefix("density:")
-            split = shlex.split(words.replace("{data}", short))
-            cells.append(Cell(key, str(name), str(label), ("--data", str(name), *split), tuple(seeds)))
-    for cell in cells:
-        cell.config(cell.seeds[0])
-    names = [cell.folder(Path(), 0) for cell in cells]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"section {key}: two rows would share a folder: give labels that differ in their letters")
+            try:
+                split = shlex.split(words.replace("{data}", name.removeprefix("density:")))
+                _refuse(split, ("--data",), f"row {label!r}")
+                for seed in seeds:
+                    checked_seed(seed)
+                cells.append(Cell(key, name, str(label), ("--data", name, *split), tuple(seeds)))
+                cells[-1].config(seeds[0])
+            except ConfigError as error:
+                raise ConfigError(f"section {key}: {error}") from error
+            except ValueError as error:
+                raise ConfigError(f"section {key}: row {label!r} ({error}): give it as in a shell") from error
+    _refuse_shared(cells)
     return Section(key, str(block.get("title", key)), tuple(cells), str(block.get("note", "")))
+
+
+def _refuse(words: Sequence[str], more: Sequence[str], where: str) -> None:
+    """Options that a comparison sets itself."""
+    for word in words:
+        name = underscored(word).partition("=")[0]
+        if name in (*OWN, *more):
+            raise ConfigError(f"{where}: {name} is set by compare for each run: leave it out")
+
+
+def _refuse_shared(cells: Iterable[Cell]) -> None:
+    """Cells whose runs would lie in the same folders."""
+    seen: dict[Path, Cell] = {}
+    for cell in cells:
+        folder = cell.folder(Path(), 0)
+        if folder in seen:
+            raise ConfigError(
+                f"row {cell.label!r} of section {cell.section} and row {seen[folder].label!r} of section "
+                f"{seen[folder].section} would share a folder: give names that differ in their letters"
+            )
+        seen[folder] = cell
 
 
 def slug(name: str) -> str:
@@ -181,5 +205,4 @@ def slug(name: str) -> str:
         >>> slug("density:8gaussians"), slug("Soft-IntroVAE, auto")
         ('8gaussians', 'soft-introvae-auto')
     """
-    path = Path(name).stem if "/" in name else name
-    return re.sub(r"[^a-z0-9.]+", "-", path.removeprefix("density:").lower()).strip("-") or "x"
+    return re.sub(r"[^a-z0-9.]+", "-", name.removeprefix("density:").lower()).strip("-") or "x"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -141,7 +143,7 @@ def _cell(
     return {
         "data": cell.data,
         "label": cell.label,
-        "command": "introvae fit " + " ".join(cell.words),
+        "command": shlex.join(["introvae", "fit", *cell.words]),
         "settings": settings,
         "runs": runs,
         "done": len(done),
@@ -166,7 +168,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     found = {"mean": statistics.fmean(values), "n": len(values)}
-    return {**found, "std": statistics.stdev(values)} if len(values) > 1 else found
+    if len(values) == 1:
+        return found
+    finite = all(math.isfinite(value) for value in values)
+    return {**found, "std": statistics.stdev(values) if finite else math.nan}
 
 
 def columns_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -52,7 +52,7 @@ class Rule(Protocol):
         """See the KLs of a step and move the value; there are no fakes during the warm-up."""
 
     def multiply(self, factor: float) -> None:
-        """Aim at another value from the next look on."""
+        """Aim at so many times the value from now on; the value itself is the controller's to change."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -74,7 +74,7 @@ class Averages:
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device | str) -> None:
-        self.seen = dict.fromkeys(names, 0)
+        self.seen = {name: torch.zeros((), device=device) for name in names}
         self._means = {name: torch.zeros((), device=device) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -83,19 +83,22 @@ class Averages:
     def follow(self, **values: Tensor) -> None:
         """Take one more value into each of these averages; one that is not finite changes nothing."""
         for name, value in values.items():
-            seen, mean = self.seen[name], self._means[name]
-            value = value.to(torch.float32)
-            mean.lerp_(torch.where(value.isfinite(), value, mean), 1 - min(KEEP, seen / (seen + 1)))
-            self.seen[name] = seen + 1
+            seen, mean, value = self.seen[name], self._means[name], value.to(torch.float32)
+            finite = value.isfinite()
+            mean.lerp_(torch.where(finite, value, mean), 1 - (seen / (seen + 1)).clamp(max=KEEP))
+            seen.add_(finite)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and how many values they have seen."""
-        return {"seen": dict(self.seen), "means": {name: mean.clone() for name, mean in self._means.items()}}
+        return {
+            "seen": {name: seen.clone() for name, seen in self.seen.items()},
+            "means": {name: mean.clone() for name, mean in self._means.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        self.seen = dict(state["seen"])
         for name, mean in self._means.items():
+            self.seen[name].copy_(state["seen"][name])
             mean.copy_(state["means"][name])
 
 
@@ -118,8 +121,9 @@ class Gap:
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
-        if self._averages.seen["kl"]:
-            self._follow(value)
+        before = value.clone()
+        self._follow(value)
+        value.copy_(torch.where(self._averages.seen["kl"] > 0, value, before))
 
     def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
         averages = self._averages
@@ -128,7 +132,7 @@ class Gap:
             return
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
-        outside = relative - relative.clamp(*BAND)
+        outside = torch.where((kl_fake - kl_real).isfinite(), relative - relative.clamp(*BAND), 0.0)
         self._exponent.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp()).clamp_(LEAST, MOST)
         self._follow(value)
 
@@ -159,22 +163,24 @@ class Margin:
 
     def __init__(self, objective: Objective, scale: float, device: torch.device | str) -> None:
         self._averages = Averages(("kl",), device)
+        self._factor = 1.0
 
     def begin(self, value: Tensor) -> None:
-        value.copy_(MARGIN_OVER_KL * self._averages["kl"].clamp(min=LEAST_KL))
+        value.copy_(self._factor * MARGIN_OVER_KL * self._averages["kl"].clamp(min=LEAST_KL))
 
     def look(self, kl_real: Tensor, kl_fake: Tensor | None, value: Tensor) -> None:
         if kl_fake is None:
             self._averages.follow(kl=kl_real)
 
     def multiply(self, factor: float) -> None:
-        pass  # the value is the controller's to change
+        self._factor *= factor
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict()}
+        return {"averages": self._averages.state_dict(), "factor": self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
+        self._factor = state["factor"]
 
 
 def rules_for(objective: Objective, scale: float, warmup_steps: int, device: torch.device | str) -> dict[str, Rule]:

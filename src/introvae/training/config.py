@@ -235,6 +235,34 @@ def recipe_files(name: str, words: Sequence[str]) -> list[Path]:
     return [path]
 
 
+def underscored(word: str) -> str:
+    """--checkpoint-every=5 as --checkpoint_every=5."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def config_from_words(words: Sequence[str]) -> FitConfig:
+    """The settings that the words of an `introvae fit` command stand for, with the recipe that they name or imply.
+
+    Raises:
+        ConfigError: an unknown or unreadable setting or recipe.
+
+    Example:
+        >>> config_from_words(["--data", "density:rings", "--batch-size", "32"]).batch_size
+        32
+    """
+    rest, recipe = [], "auto"
+    given = iter([underscored(word) for word in words])
+    for word in given:
+        if word == "--recipe":
+            recipe = next(given, "")
+        elif word.startswith("--recipe="):
+            recipe = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return parse_config(rest, recipe_files(recipe, rest))
+
+
 def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool = False) -> list[str]:
     """The words of a command, arranged so that a given setting replaces what it excludes in a recipe.
 

@@ -45,6 +45,7 @@ class Controller:
         self._rules = rules_for(objective, self.scale, warmup_steps, device)
         self._started = objective.started(pixels)
         self._factors: dict[str, float] = {}
+        self._begun = False
         self._last = self._started.values(0.0)
         self.values: dict[str, Tensor] = {
             name: torch.tensor(value, device=device) for name, value in self._last.items()
@@ -63,7 +64,8 @@ class Controller:
             if value != self._last[name]:
                 self.values[name].fill_(value)
                 self._last[name] = value
-        if step == self.warmup_steps:
+        if step >= self.warmup_steps and not self._begun:
+            self._begun = True
             for name, rule in self._rules.items():
                 rule.begin(self.values[name])
         return self.values
@@ -89,7 +91,7 @@ class Controller:
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Take the rules back to where they were; what was changed by `multiply` since then stays changed."""
-        then = state["factors"]
+        then, self._begun = state["factors"], state["begun"]
         for name, rule in self._rules.items():
             rule.load_state_dict(state["rules"][name])
             self.values[name].copy_(state["found"][name])
@@ -110,13 +112,14 @@ class Controller:
         return {
             "values": self.plain(),
             "factors": dict(self._factors),
+            "begun": self._begun,
             "found": self.found(),
             "rules": {name: rule.state_dict() for name, rule in self._rules.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        self._factors = dict(state.get("factors", {}))
+        self._factors, self._begun = dict(state.get("factors", {})), state.get("begun", True)
         for name, value in state["values"].items():
             self.values[name].fill_(value)
             self._last[name] = value

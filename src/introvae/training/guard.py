@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,7 @@ class Watch:
         self.usual: float | None = None
         self.averages: dict[str, float] = {}
         self.since: dict[str, int] = {}
-        self.blind_until, self.was_diverse = 0, False
+        self.blind_until, self.was_diverse, self.was_felt = 0, False, False
 
     def judge(self, step: int, row: Mapping[str, float], values: Mapping[str, float]) -> Alarm | None:
         """What is wrong with step `step`, whose numbers `row` has and whose settings `values`; None for nothing."""
@@ -130,12 +131,14 @@ class Watch:
             return None
         balanced = balancing_beta_neg(self.objective, self.scale, self.averages["kl_real"], exponent=1)
         exponent = values["beta_neg"] / balanced
-        if not self._lasts(step, "unfelt", not FELT[0] <= exponent <= FELT[1], FELT_STEPS):
+        felt = FELT[0] <= exponent <= FELT[1]
+        self.was_felt = self.was_felt or felt
+        if not self._lasts(step, "unfelt", not felt, FELT_STEPS):
             return None
         size = "small" if exponent < 1 else "big"
         cause = f"the adversarial signal is dead: beta_neg {values['beta_neg']:.3g} is far too {size}"
         wanted = balancing_beta_neg(self.objective, self.scale, self.usual or 1.0)
-        return Alarm(cause, "beta_neg", wanted / values["beta_neg"])
+        return Alarm(cause, "beta_neg", wanted / values["beta_neg"], back=self.was_felt)
 
     def _exploded(self, values: Mapping[str, float]) -> Alarm | None:
         usual = max(self.reference or 0.0, self.latent_dim / 2, values.get("margin", 0.0))
@@ -188,12 +191,13 @@ class Watch:
             "since": dict(self.since),
             "blind_until": self.blind_until,
             "was_diverse": self.was_diverse,
+            "was_felt": self.was_felt,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.reference, self.blind_until = state["reference"], state["blind_until"]
-        self.was_diverse, self.usual = state["was_diverse"], state["usual"]
+        self.was_diverse, self.was_felt, self.usual = state["was_diverse"], state["was_felt"], state["usual"]
         self.averages, self.since = dict(state["averages"]), dict(state["since"])
 
 
@@ -269,7 +273,7 @@ class Guard:
             Copies(live),
             Readback(peers),
         )
-        self.attempts, self.rate, self.answered = 0, 1.0, 0
+        self.attempts, self.rate, self.answered = 0, 1.0, -1
         self.warned: list[str] = []
 
     def see(self, step: int, record: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -280,10 +284,11 @@ class Guard:
         """
         if self.mode == "off" or step % LOOK:
             return None
+        judged = bool(self.readback)
         event = self.judge(step)
         found = {name: record[name] for name in SEEN if name in record}
         self.readback.put({"step": step}, {**found, **self.controller.found()}, self.controller.plain())
-        if event is None:
+        if event is None and judged:
             self._copy(step)
         return event
 
@@ -299,10 +304,10 @@ class Guard:
 
     def answer(self, step: int, alarm: Alarm) -> dict[str, Any] | None:
         """Do something about an alarm, or only tell of it."""
-        self.answered = step
+        self.answered, self.copies.candidate_step = step, None
         event: dict[str, Any] = {"step": step, "cause": alarm.cause, "change": alarm.change}
         if self.mode == "warn" and not alarm.lost:
-            kind = alarm.cause.split(":")[0]
+            kind = re.sub(r"[\d.]+(e[+-]?\d+)?", "", alarm.cause)
             if kind in self.warned:
                 return None
             self.warned.append(kind)
@@ -331,6 +336,9 @@ class Guard:
         if self.mode != "act" or step < self.watch.blind_until:
             return
         copies = self.copies
+        if copies.good_step is None:  # nothing better is there yet, and it was looked at
+            copies.take(step, self.controller.state_dict())
+            copies.promote()
         if copies.candidate_step is not None and step - copies.candidate_step >= PROBATION:
             copies.promote()
         if step % COPY_EVERY == 0:

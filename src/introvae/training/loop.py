@@ -267,7 +267,6 @@ class Trainer:
         every = config.gradient_every
         probing = bool(every and (index + 1) % every == 0)
         record = self.step(x, noise, values, warming=warming, gradients=probing)
-        self.controller.observe(index, record)
         self.average.update(self.model)
         self.step_index += 1
         self._record = record
@@ -284,6 +283,7 @@ class Trainer:
                 {**record, **fakes, **self.controller.found()},
                 self.controller.plain(),
             )
+        self.controller.observe(index, record)  # after the line, which tells the values of this step
         self.seconds += time.perf_counter() - started
         return due
 
@@ -299,7 +299,7 @@ class Trainer:
 
     def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            if row["step"] > self.guard.answered:
+            if row["step"] >= self.guard.watch.blind_until and row["step"] > self.guard.answered:
                 self._tell(run, self.guard.lost(self.step_index, "the losses are not finite"))
             return
         lines.write(json.dumps(row) + "\n")

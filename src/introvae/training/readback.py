@@ -25,6 +25,9 @@ class Readback:
             deque()
         )
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def put(self, before: dict[str, Any], record: Mapping[str, Tensor], after: dict[str, Any]) -> None:
         """Start to read 0-d tensors; the line will hold `before`, their values and `after`."""
         tensors = [value.detach() for value in record.values()]
