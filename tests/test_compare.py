@@ -78,8 +78,9 @@ def test_words_make_a_row_of_each_objective_on_each_data() -> None:
         assert found == (cell.data, cell.label, 1, 7, 0.01)
     # Rows have the recommended recipe of their data and objective, where there is one.
     configs = [cell.config(0) for cell in plan.cells]
-    assert [config.batch_size for config in configs] == [64, 64, 256, 256]
-    assert [config.network for config in configs] == ["auto", "auto", "mlp", "mlp"]
+    configs += [cell.config(0) for cell in from_words(["VAE", "IntroVAE"], ["digits"], 1).cells]
+    assert [config.batch_size for config in configs] == [256, 256, 256, 256, 64, 64]
+    assert [config.network for config in configs] == ["mlp", "mlp", "mlp", "mlp", "mlp", "auto"]
 
 
 def written(folder: Path, content: Any) -> str:
@@ -124,7 +125,7 @@ def test_a_file_s_sections_rows_data_and_seeds(tmp_path: Path) -> None:
     assert "rings-softintrovae" in rings.words
     assert "8gaussians-softintrovae" in gaussians.words
     published = [cell.config(7).objective for cell in (rings, gaussians)]
-    assert [getattr(objective, "beta_kl", None) for objective in published] == [0.2, 0.3]  # each its recipe's
+    assert [getattr(objective, "beta_kl", None) for objective in published] == [0.1, 0.3]  # each its recipe's
     assert [cell.config(3).steps for cell in (rings, gaussians)] == [9, 9]
     assert plan.sections[1].cells[0].config(2).lr == 1e-5
 
@@ -777,13 +778,12 @@ def test_the_cost_is_that_of_the_steps_that_are_left(tmp_path: Path, monkeypatch
     assert found[vae[0]] - execute.EVALUATION_SECONDS == pytest.approx(100 * 3)
 
 
-@pytest.mark.parametrize(("length", "steps"), [([], 10_000), (["--epochs", "2", "--batch_size", "64"], 2 * 25)])
+@pytest.mark.parametrize(("length", "steps"), [([], 10_000), (["--epochs", "2", "--batch_size", "64"], 2 * 22)])
 def test_the_cost_of_epochs_and_of_the_default_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: list[str], steps: int
 ) -> None:
     monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (1.0, 3.0))
-    data = "digits" if length else "density:rings"
-    (job,) = jobs(from_words(["IntroVAE"], [data], 1, [*length, "--network", "tiny-mlp"]), tmp_path)
+    (job,) = jobs(from_words(["IntroVAE"], ["digits"], 1, [*length, "--network", "tiny-mlp"]), tmp_path)
     assert estimate([job], 1)[job] - execute.EVALUATION_SECONDS == pytest.approx(3 * steps)
 
 

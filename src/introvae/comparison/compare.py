@@ -70,9 +70,9 @@ def compare(
     folder = Path(out)
     if runs:
         if objectives or recipe or settings or data or seeds or known or hours or dry_run:
-            raise ConfigError("finished runs are compared as they are: leave everything but RUNS and --out out")
+            raise ConfigError("finished runs are compared as they are: give either RUNS (and --out) or what to train")
         return _write(folder, *_of_runs([Path(run) for run in runs]))
-    if recipe is not None and (objectives or settings or data or seeds):
+    if recipe is not None and (objectives or settings or data is not None or seeds is not None):
         raise ConfigError("a comparison's file says what is run: give either --recipe or objectives, data and settings")
     count = 3 if seeds is None else seeds
     whole(seeds=count)
@@ -82,7 +82,11 @@ def compare(
         positive(workers=workers)
     if hours is not None:
         positive(hours=hours)
-    plan = from_file(recipe) if recipe is not None else from_words(objectives, data or ["digits"], count, settings)
+    plan = (
+        from_file(recipe)
+        if recipe is not None
+        else from_words(objectives, ["digits"] if data is None else data, count, settings)
+    )
     before = _read(known)
     every = jobs(plan, folder)
     todo = [job for job in every if job.status in ("new", "begun") and known_result(job, before) is None]

@@ -34,8 +34,8 @@ from introvae.training.run import Run
 log = logging.getLogger("introvae")
 
 FAILURE, WORDS = "failure.txt", "command.txt"
-"""In a run folder: why the run ended without a result (it is not tried again until the folder is removed); the words that
-began it."""
+"""In a run folder: why the run ended without a result (it is not tried again until the folder is removed); and the
+words that began it."""
 WARM, TIMED = 3, 12
 """Steps before and in the measurement of a step's time."""
 EVALUATION_SECONDS = 12.0
