@@ -63,6 +63,21 @@ def test_unbiased_distance_of_one_distribution_has_mean_zero() -> None:
     assert biased.mean() > 10 * biased.std() / math.sqrt(len(biased))
 
 
+def test_pairs_of_a_posterior_with_itself_leave_no_rounding_behind() -> None:
+    """They can be 1e40 times the others, so they must be left out before the sum, not taken from it."""
+    generator = torch.Generator().manual_seed(0)
+    logvar = [-7 + 2 * torch.rand(64, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    mean = [torch.randn(64, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    exact = [DiagonalGaussian(m, v) for m, v in zip(mean, logvar, strict=True)]
+    rounded = [DiagonalGaussian(q.mean.float(), q.logvar.float()) for q in exact]
+    pairs = torch.cat([q.mean for q in exact])
+    apart = torch.cdist(pairs, pairs) + 1e9 * torch.eye(128)
+    assert apart.min() > 0.5  # so that D is next to nothing
+    assert 0 < abs(as_distance(*exact, kernel="joint").item()) < 1e-6
+    found, expected = (as_distance(*pair, kernel="joint").item() for pair in (rounded, exact))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_shrinking_variances_do_not_raise_the_unbiased_distance_without_bound() -> None:
     kept, left_out = (
         as_distance(posteriors(64, 2, 0, logvar=-20.0), posteriors(64, 2, 1, logvar=-20.0), unbiased=unbiased).item()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -33,9 +32,9 @@ from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
 
-FAILURE, WORDS = "failure.txt", "command.txt"
+FAILURE, ASKED = "failure.txt", "asked.yaml"
 """In a run folder: why the run ended without a result (it is not tried again until the folder is removed); and the
-words that began it."""
+settings that were asked for, before the data filled in the rest."""
 WARM, TIMED = 3, 12
 """Steps before and in the measurement of a step's time."""
 EVALUATION_SECONDS = 12.0
@@ -62,26 +61,20 @@ class Job:
         return "begun" if list_checkpoints(run.checkpoints) else "new"
 
     def check(self) -> None:
-        """Raise `ConfigError` where the folder holds a run that was begun with other words."""
+        """Raise `ConfigError` where the folder holds a run that was begun with other settings."""
         try:
-            words = (self.folder / WORDS).read_text(encoding="utf-8")
+            asked = (self.folder / ASKED).read_text(encoding="utf-8")
         except OSError:
-            words = None
-        if words != self._words() and self.status != "new":
-            raise ConfigError(
-                f"{self.folder} holds a run with other settings ({(words or 'unknown').strip()}): choose another "
-                "--out, or remove it"
-            )
-
-    def _words(self) -> str:
-        return shlex.join(self.cell.command(self.seed)) + "\n"
+            asked = None
+        if asked != self.config.to_yaml() and self.status != "new":
+            raise ConfigError(f"{self.folder} holds a run with other settings: choose another --out, or remove it")
 
     def prepare(self) -> None:
         """Make the folder ready: what a run left that was ended before its first checkpoint is of no use."""
         if self.status == "new":
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_atomically(self.folder / WORDS, self._words().encode())
+            write_atomically(self.folder / ASKED, self.config.to_yaml().encode())
 
     def command(self) -> list[str]:
         """The words after the interpreter that bring the job to its end."""
