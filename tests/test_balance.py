@@ -676,3 +676,20 @@ def test_gradient_every_is_a_multiple_of_log_every(
     with pytest.raises(ConfigError, match="gradient_every"):
         FitConfig(gradient_every=gradient_every, log_every=log_every)  # pyright: ignore
     assert FitConfig(gradient_every=0, log_every=50).gradient_every == 0
+
+
+def test_an_automatic_beta_neg_waits_while_the_distance_leads() -> None:
+    controller = Controller(ASIntroVAE(beta_neg="auto", annealing_rate=5.0), 20, 120, "cpu", 2)
+    seen = {}
+    for step in range(120):
+        seen[step] = controller.update(step)["beta_neg"].item()
+        warm = {"kl_real": torch.tensor(2.0)}
+        fakes = {
+            "kl_reconstruction": torch.tensor(90.0),
+            "kl_sample": torch.tensor(90.0),
+            "kl_real": torch.tensor(60.0),
+        }
+        controller.observe(step, warm if step < 20 else fakes)
+    begun = 1.5 / (2 * 0.5 * 2.0)
+    assert [seen[step] for step in range(20, 41)] == pytest.approx([begun] * 21)  # c reaches 1 at step 40
+    assert seen[60] < begun
