@@ -415,7 +415,7 @@ def test_every_run_is_made_once_with_its_own_settings(compared: Compared) -> Non
 def test_means_and_spreads_are_those_of_the_runs_reports(compared: Compared) -> None:
     for cell in compared.cells:
         reports = [run.report() for run in compared.runs_of(cell)]
-        assert (cell["done"], cell["diverged"], cell["not_run"], cell["cost_seconds"]) == (2, 0, 0, 0)
+        assert (cell["done"], cell["failed"], cell["not_run"], cell["cost_seconds"]) == (2, 0, 0, 0)
         assert cell["metrics"].keys() == reports[0]["metrics"].keys()
         assert len(cell["metrics"]) >= 5
         for name, spread in cell["metrics"].items():
@@ -454,8 +454,8 @@ def test_the_tables_show_the_numbers(compared: Compared) -> None:
     assert "## comparison: density:rings" in compared.table
     assert "## comparison: density:8gaussians" in compared.table
     heads = [row for row in rows_of(compared.table) if row[1] == "runs"]
-    assert heads[0] == ["", "runs", "KL", "JSD", "diverged", "lost modes", "seconds"]
-    assert heads[1] == ["", "runs", "KL", "JSD", "modes", "within 3 sigma", "diverged", "lost modes", "seconds"]
+    assert heads[0] == ["", "runs", "KL", "JSD", "failed", "lost modes", "seconds"]
+    assert heads[1] == ["", "runs", "KL", "JSD", "modes", "within 3 sigma", "failed", "lost modes", "seconds"]
     bodies = [row for row in rows_of(compared.table) if row[0] in OBJECTIVES]
     for row, cell in zip(bodies, compared.cells, strict=True):
         names = ["kl_soft_introvae", "jsd_soft_introvae"]
@@ -564,8 +564,8 @@ def test_a_row_that_fails_does_not_stop_the_rest(tmp_path: Path, command: Comman
     said = command("compare", "--recipe", path, "--out", out)
     assert (said.code, said.err) == (0, "")
     odd, plain = Compared(out, "", []).cells
-    assert (odd["done"], odd["diverged"], odd["metrics"]) == (0, 2, {})
-    assert (plain["done"], plain["diverged"]) == (2, 0)
+    assert (odd["done"], odd["failed"], odd["metrics"]) == (0, 2, {})
+    assert (plain["done"], plain["failed"]) == (2, 0)
     for run in odd["runs"]:
         assert run["status"] == "failed"
         assert re.search(r"not finite at step \d+ of 12.*lr", run["reason"])
@@ -730,7 +730,7 @@ def test_a_table_of_hand_made_cells() -> None:
         "label": "A",
         "runs": [{**done, "seed": 0}, {"status": "failed", "seed": 1, "reason": "it was odd"}, {**done, "seed": 2}],
         "done": 2,
-        "diverged": 1,
+        "failed": 1,
         "lost_modes": 2,
         "not_run": 0,
         "cost_seconds": 0,
@@ -748,7 +748,7 @@ def test_a_table_of_hand_made_cells() -> None:
     }
     markdown = to_markdown(result, ["a.png"])
     assert rows_of(markdown) == [
-        ["", "runs", "KL", "modes", "diverged", "lost modes", "seconds"],
+        ["", "runs", "KL", "modes", "failed", "lost modes", "seconds"],
         ["A", "2", "0.123", "7.5 ± 0.71", "1 of 3", "2 of 2", "62"],
         ["B", "not run, about 2 min", "", "", "", "", ""],
         ["floor", "", "", "8", "", "", ""],

@@ -19,22 +19,25 @@ from pathlib import Path
 from typing import IO
 
 import torch
+import yaml
 
 from introvae.comparison.plan import Cell, Comparison
 from introvae.data import Data
-from introvae.errors import ConfigError, InterruptedRunError, first_line
+from introvae.errors import ConfigError, InterruptedRunError
 from introvae.files import write_atomically
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.config import FitConfig
 from introvae.training.devices import pick_device
-from introvae.training.loop import Trainer, resolve
+from introvae.training.fit import MACHINES
+from introvae.training.loop import Trainer
+from introvae.training.resolve import resolve
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
 
-FAILURE, ASKED = "failure.txt", "asked.yaml"
-"""In a run folder: why the run ended without a result (it is not tried again until the folder is removed); and the
-settings that were asked for, before the data filled in the rest."""
+FAILURE, CRASH, ASKED = "failure.txt", "crash.txt", "asked.yaml"
+"""In a run folder: why the run ended without a result (it is not tried again until the folder is removed); how its
+process died (it is); and the settings that were asked for, before the data filled in the rest."""
 WARM, TIMED = 3, 12
 """Steps before and in the measurement of a step's time."""
 EVALUATION_SECONDS = 12.0
@@ -66,15 +69,21 @@ class Job:
             asked = (self.folder / ASKED).read_text(encoding="utf-8")
         except OSError:
             asked = None
-        if asked != self.config.to_yaml() and self.status != "new":
+        if asked != self._asked() and self.status != "new":
             raise ConfigError(f"{self.folder} holds a run with other settings: choose another --out, or remove it")
+
+    def _asked(self) -> str:
+        """The settings that decide the result, as text."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in MACHINES}
+        return yaml.safe_dump(settings, sort_keys=False)
 
     def prepare(self) -> None:
         """Make the folder ready: what a run left that was ended before its first checkpoint is of no use."""
         if self.status == "new":
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_atomically(self.folder / ASKED, self.config.to_yaml().encode())
+            write_atomically(self.folder / ASKED, self._asked().encode())
+        (self.folder / CRASH).unlink(missing_ok=True)
 
     def command(self) -> list[str]:
         """The words after the interpreter that bring the job to its end."""
@@ -105,8 +114,11 @@ def jobs(plan: Comparison, out: Path) -> list[Job]:
 
 def default_workers() -> int:
     """Processes at a time: one for each GPU, or one for each processor core."""
-    if pick_device("auto").type == "cuda":
+    kind = pick_device("auto").type
+    if kind == "cuda":
         return torch.cuda.device_count()
+    if kind != "cpu":
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -186,6 +198,8 @@ def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[],
     waiting, running = list(todo), dict[subprocess.Popen[bytes], Job]()
     said = dict[subprocess.Popen[bytes], IO[bytes]]()  # files, since a full pipe would hold a run
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    places = _places(workers)
+    held = dict[subprocess.Popen[bytes], str]()
     with ExitStack() as files, _ended_with_us(running):
         while waiting or running:
             while waiting and len(running) < workers:
@@ -195,12 +209,18 @@ def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[],
                 errors = files.enter_context(tempfile.TemporaryFile())
                 # In a session of its own: a terminal's Ctrl-C reaches this process only, which tells the runs once.
                 process = subprocess.Popen(
-                    words, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+                    words,
+                    env={**environment, **({"CUDA_VISIBLE_DEVICES": place} if (place := places.pop(0)) else {})},
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    start_new_session=True,
                 )
+                held[process] = place
                 running[process], said[process] = job, errors
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
+                places.append(held.pop(process))
                 with said.pop(process) as errors:
                     errors.seek(0)
                     lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -209,15 +229,26 @@ def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[],
                 after()
 
 
+def _places(workers: int) -> list[str]:
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES; nothing where there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return [""] * workers
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = given.split(",") if given else [str(index) for index in range(count)]
+    return [names[worker % len(names)] for worker in range(workers)]
+
+
 def _note(job: Job, code: int, reason: str, left: int) -> None:
     name = f"{job.cell.section}: {job.cell.label} on {job.cell.data}, seed {job.seed}"
     if code == 0:
         log.info("done     %s (%d left)", name, left)
         return
     log.info("FAILED   %s: %s (%d left)", name, reason, left)
-    if code == 2 and "--resume" not in reason:  # what the package itself says, but that it was stopped
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.folder / FAILURE, (reason + "\n").encode())
+    job.folder.mkdir(parents=True, exist_ok=True)
+    # What the package itself says (but that it was stopped) it will say again; another death may be the machine's.
+    told = code == 2 and "--resume" not in reason
+    write_atomically(job.folder / (FAILURE if told else CRASH), (reason + "\n").encode())
 
 
 @contextmanager
@@ -227,8 +258,9 @@ def _ended_with_us(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[N
     def handle(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    told = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # a closed terminal hangs up
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, handle) if main else None
+    before = {number: signal.signal(number, handle) for number in told} if main else {}
     try:
         yield
     except BaseException as error:
@@ -245,13 +277,13 @@ def _ended_with_us(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[N
             f"interrupted, {len(running)} runs saved their state: give the same command again to go on"
         ) from error
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def reason_of(folder: Path) -> str:
-    """Why a run failed, or nothing."""
-    try:
-        return (folder / FAILURE).read_text().strip()
-    except OSError as error:
-        return first_line(error)
+    """Why a run failed or crashed; nothing where it did not."""
+    for name in (FAILURE, CRASH):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8").strip()
+    return ""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS, GRID, IMAGES = 2000, 100, 36
+LEAST = 1e-12
+"""Where a gradient that vanished is drawn."""
 COLOURS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#5c6875", "#b0447a", "#4a8f3c")
 KLS = (("kl_real", "#1f4e79", "real"), ("kl_reconstruction", "#2a9d8f", "rec."), ("kl_sample", "#c8553d", "sample"))
 
@@ -104,8 +106,7 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
     None where no run noted it.
     """
     noted = {
-        label: [[row for row in rows if row.get("gradient_adversarial", 0) > 0] for rows in runs]
-        for label, runs in logs.items()
+        label: [[row for row in rows if "gradient_adversarial" in row] for rows in runs] for label, runs in logs.items()
     }
     noted = {label: runs for label, runs in noted.items() if any(runs)}
     if not noted:
@@ -115,8 +116,8 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
     for colour, (label, runs) in zip(COLOURS, noted.items(), strict=False):
         for index, rows in enumerate(runs):
             steps = [row["step"] for row in rows]
-            norms = [row["gradient_adversarial"] for row in rows]
-            shares = [row["gradient_adversarial"] / max(row["gradient_reconstruction"], 1e-30) for row in rows]
+            norms = [max(row["gradient_adversarial"], LEAST) for row in rows]
+            shares = [norm / max(row["gradient_reconstruction"], LEAST) for norm, row in zip(norms, rows, strict=True)]
             for axis, values in ((left, norms), (right, shares)):
                 axis.plot(steps, values, color=colour, lw=0.8, alpha=0.8, label=label if not index else None)
     left.set_title("Norm of the decoder's adversarial gradient", fontsize=9)

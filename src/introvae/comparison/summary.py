@@ -47,6 +47,9 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         "seconds": report["training_seconds"],
         "threads": report["machine"].get("threads"),
         "device": report["machine"].get("device"),
+        "machine": dict(hardware()).get("processor"),
+        "date": date.fromtimestamp(run.report_path.stat().st_mtime).isoformat(),
+        "version": dict(versions())["introvae"],
         "metrics": {name: entry["value"] for name, entry in report["metrics"].items()},
         "floors": {name: entry["floor"] for name, entry in report["metrics"].items() if "floor" in entry},
         "protocols": {name: entry["protocol"] for name, entry in report["metrics"].items()},
@@ -56,7 +59,8 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         names = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg", "margin")
         found["last"] = {name: rows[-1][name] for name in names if name in rows[-1]}
     if guard:
-        found["guard"] = [{key: event[key] for key in ("step", "cause", "change")} for event in guard]
+        kept = ("step", "cause", "change", "attempt")
+        found["guard"] = [{key: event[key] for key in kept if key in event} for event in guard]
     if config.data.startswith("density:") and "modes" in found["metrics"]:
         modes = get_density(config.data.removeprefix("density:")).modes
         found["lost_modes"] = modes is not None and found["metrics"]["modes"] < len(modes)
@@ -138,7 +142,8 @@ def _cell(
         elif earlier is not None and earlier[0]["settings"] == settings:
             runs.append(earlier[1])
         else:
-            runs.append({"seed": job.seed, "status": "not run", "cost_seconds": round(costs.get(job, 0.0))})
+            crash = {"crashed": reason} if (reason := reason_of(job.folder)) else {}
+            runs.append({"seed": job.seed, "status": "not run", "cost_seconds": round(costs.get(job, 0.0)), **crash})
     done = [run for run in runs if run["status"] == "done"]
     return {
         "data": cell.data,
@@ -147,7 +152,8 @@ def _cell(
         "settings": settings,
         "runs": runs,
         "done": len(done),
-        "diverged": sum(run["status"] == "failed" for run in runs),
+        "failed": sum(run["status"] == "failed" for run in runs),
+        "changed": sum(any(event.get("attempt") for event in run.get("guard", ())) for run in runs),
         "lost_modes": sum(bool(run.get("lost_modes")) for run in done),
         "not_run": sum(run["status"] == "not run" for run in runs),
         "cost_seconds": sum(run.get("cost_seconds", 0) for run in runs),
@@ -188,12 +194,12 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
         for name in dict.fromkeys(cell["data"] for cell in section["cells"]):
             cells = [cell for cell in section["cells"] if cell["data"] == name]
             columns = columns_of(cells)
-            rows = [["", "runs", *(TITLES[c] for c in columns), "diverged", "lost modes", "seconds"]]
+            rows = [["", "runs", *(TITLES[c] for c in columns), "failed", "lost modes", "guard", "seconds"]]
             rows += [_row(cell, columns) for cell in cells]
             floors = {c: [cell["floors"][c] for cell in cells if c in cell["floors"]] for c in columns}
             if any(floors.values()):
                 shown = [f"{statistics.fmean(values):.3g}" if values else "" for values in floors.values()]
-                rows.append(["floor", "", *shown, "", "", ""])
+                rows.append(["floor", "", *shown, "", "", "", ""])
             title = section["title"] if section["title"] == name else f"{section['title']}: {name}"
             found.append((title, section["note"], rows))
     return found
@@ -203,14 +209,14 @@ def _row(cell: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     total = len(cell["runs"])
     if cell["not_run"] == total:
         cost = f"not run, about {cell['cost_seconds'] / 60:.0f} min"
-        return [cell["label"], cost, *([""] * (len(columns) + 3))]
+        return [cell["label"], cost, *([""] * (len(columns) + 4))]
     with_modes = any("lost_modes" in run for run in cell["runs"])
     runs = f"{cell['done']}" if not cell["not_run"] else f"{cell['done']} of {total}"
     ran = total - cell["not_run"]
     shown = [_number(cell["metrics"].get(name, {})) for name in columns]
     seconds = f"{cell['seconds']['mean']:.0f}" if cell["seconds"] else ""
     lost = f"{cell['lost_modes']} of {cell['done']}" if with_modes else ""
-    return [cell["label"], runs, *shown, f"{cell['diverged']} of {ran}", lost, seconds]
+    return [cell["label"], runs, *shown, f"{cell['failed']} of {ran}", lost, f"{cell['changed']} of {ran}", seconds]
 
 
 def _number(spread: Mapping[str, float]) -> str:
@@ -243,15 +249,29 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(row) + " |" for row in body]
         lines.append("")
+    lines += [
+        '"failed": runs that ended without a model; "guard": runs in which the guard changed a setting.',
+        "",
+    ]
     failed = [
-        f"- {cell['label']} on {cell['data']}, seed {run['seed']}: {run['reason']}"
+        f"- {cell['label']} on {cell['data']}, seed {run['seed']}: {run.get('reason') or run['crashed']}"
         for section in result["sections"]
         for cell in section["cells"]
         for run in cell["runs"]
-        if run["status"] == "failed"
+        if run["status"] == "failed" or "crashed" in run
     ]
     if failed:
         lines += ["## Runs that failed", "", *failed, ""]
+    changes = [
+        f"- {section['title']}, {cell['label']} on {cell['data']}, seed {run['seed']}, step {event['step']:,}: "
+        f"{event['cause']}; {event['change'] or 'the run ended'}"
+        for section in result["sections"]
+        for cell in section["cells"]
+        for run in cell["runs"]
+        for event in run.get("guard", ())
+    ]
+    if changes:
+        lines += ["## What the guard recognised", "", *changes, ""]
     lines += [f"![{Path(name).stem}]({name})\n" for name in pictures]
     return "\n".join(lines)
 

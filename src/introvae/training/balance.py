@@ -27,6 +27,8 @@ LEAST, MOST = 1.0, 10.0
 at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
 MARGIN_OVER_KL = 1.2
 """IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
+LED = 0.99
+"""AS-IntroVAE's c below which its distance leads; an annealing by tanh comes near 1 and never there."""
 LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 

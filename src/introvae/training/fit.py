@@ -14,7 +14,8 @@ from introvae.errors import ConfigError, RunError
 from introvae.parallel import processes
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig, load_config, recipe_path, recommended_recipe
-from introvae.training.loop import Trainer, load_once, resolve
+from introvae.training.loop import Trainer
+from introvae.training.resolve import load_once, resolve
 from introvae.training.run import Run, default_folder
 
 MACHINES = ("device", "cache", "precision", "compile", "gradient_checkpointing", "accumulation")

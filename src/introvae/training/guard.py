@@ -13,7 +13,7 @@ from torch import Tensor
 
 from introvae.objectives import Objective
 from introvae.parallel import Alone
-from introvae.training.balance import LEAST_KL, balancing_beta_neg
+from introvae.training.balance import LEAST_KL, LED, balancing_beta_neg
 from introvae.training.controller import Controller
 from introvae.training.readback import Readback
 
@@ -76,11 +76,16 @@ class Alarm:
         """What a user may do, in words."""
         if self.setting == "lr":
             better = "a lower lr, a longer warm-up or, where the objective has one, a higher beta_neg"
-        elif self.setting == "beta_kl":
-            better = "a lower beta_kl or a longer warm-up"
+        elif self.setting in ("beta_kl", "beta"):
+            better = f"a {'higher' if self.factor > 1 else 'lower'} {self.setting} or a longer warm-up"
         else:
             better = f"a {'higher' if self.factor > 1 else 'lower'} {self.setting}, or {self.setting} auto"
         return f"start a new run with {better}"
+
+
+def led(values: Mapping[str, float]) -> bool:
+    """Whether AS-IntroVAE's distance leads still: then nobody wants anything of the fakes' KL."""
+    return values.get("c", 1.0) < LED
 
 
 class Watch:
@@ -127,11 +132,16 @@ class Watch:
 
     def _unfelt(self, step: int, values: Mapping[str, float]) -> Alarm | None:
         """beta_neg is so far off that the encoder does not feel the fakes."""
-        if values.get("beta_neg", 0) <= 0 or values.get("c", 1) < 1:
+        if values.get("beta_neg", 0) <= 0 or led(values):
             return None
-        balanced = balancing_beta_neg(self.objective, self.scale, self.averages["kl_real"], exponent=1)
-        exponent = values["beta_neg"] / balanced
-        felt = FELT[0] <= exponent <= FELT[1]
+        # A fake is not felt when its own exponent is too big; the smallest KL has the smallest.
+        least = min(self.averages[name] for name in ("kl_real", "kl_reconstruction", "kl_sample"))
+        low, high = (
+            values["beta_neg"] / balancing_beta_neg(self.objective, self.scale, kl, exponent=1)
+            for kl in (least, self.averages["kl_real"])
+        )
+        exponent = low if low > FELT[1] else high
+        felt = high >= FELT[0] and low <= FELT[1]
         self.was_felt = self.was_felt or felt
         if not self._lasts(step, "unfelt", not felt, FELT_STEPS):
             return None
@@ -142,7 +152,8 @@ class Watch:
 
     def _exploded(self, values: Mapping[str, float]) -> Alarm | None:
         usual = max(self.reference or 0.0, self.latent_dim / 2, values.get("margin", 0.0))
-        for name in ("kl_real", "kl_reconstruction", "kl_sample"):
+        fakes = () if led(values) else ("kl_reconstruction", "kl_sample")
+        for name in ("kl_real", *fakes):
             kl = self.averages[name]
             if kl <= EXPLODED * usual:
                 continue
@@ -157,13 +168,15 @@ class Watch:
         """States that are wrong only when they last."""
         real = self.averages["kl_real"]
         fake = (self.averages["kl_reconstruction"] + self.averages["kl_sample"]) / 2
+        asleep = fake < ASLEEP * real and real >= LEAST_KL and not led(values)
         share = self.averages["apart_fakes"] / max(self.averages["apart_real"], 1e-30)
         self.was_diverse = self.was_diverse or share > DIVERSE
         if self._lasts(step, "alike", self.was_diverse and share < ALIKE, ALIKE_STEPS):
             return Alarm(f"fakes are all alike: {share:.2g} as far apart as from real ones", "lr", 0.5)
-        if self._lasts(step, "posterior", real < LEAST_KL, POSTERIOR_STEPS) and "beta_kl" in values:
-            return Alarm(f"the posterior collapsed: kl_real is {real:.2g} nats", "beta_kl", 0.5, back=False)
-        if self._lasts(step, "asleep", fake < ASLEEP * real and real >= LEAST_KL, ASLEEP_STEPS):
+        if self._lasts(step, "posterior", real < LEAST_KL, POSTERIOR_STEPS):
+            setting, factor = ("beta_kl", 0.5) if "beta_kl" in values else ("beta", 2.0)
+            return Alarm(f"the posterior collapsed: kl_real is {real:.2g} nats", setting, factor, back=False)
+        if self._lasts(step, "asleep", asleep, ASLEEP_STEPS):
             cause = f"the adversarial signal is dead: KL(fake) {fake:.3g} nats under KL(real) {real:.3g}"
             if "beta_neg" in values and values["beta_neg"] > 0:
                 factor = balancing_beta_neg(self.objective, self.scale, real) / values["beta_neg"]
@@ -227,6 +240,10 @@ class Copies:
         for kept, tensor in zip(self._candidate, live, strict=True):
             kept.copy_(tensor, non_blocking=True)
         self.candidate_step, self._candidate_more = step, more
+
+    def finite(self) -> bool:
+        """Whether the live state is all finite; the host waits for it."""
+        return bool(torch.stack([tensor.isfinite().all() for tensor in self.live()]).all())
 
     def promote(self) -> None:
         """The candidate has proved to be good."""
@@ -336,7 +353,7 @@ class Guard:
         if self.mode != "act" or step < self.watch.blind_until:
             return
         copies = self.copies
-        if copies.good_step is None:  # nothing better is there yet, and it was looked at
+        if copies.good_step is None and copies.finite():  # nothing better is there yet
             copies.take(step, self.controller.state_dict())
             copies.promote()
         if copies.candidate_step is not None and step - copies.candidate_step >= PROBATION:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from introvae.capture import CapturedStep
-from introvae.data import ArrayData, Data, load_data
+from introvae.data import ArrayData, Data
 from introvae.errors import (
     CheckpointError,
     ConfigError,
@@ -33,11 +32,11 @@ from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.networks import use_gradient_checkpointing
 from introvae.objectives import Objective
-from introvae.parallel import Alone, Peers, processes
+from introvae.parallel import Peers, processes
 from introvae.precision import float32_multiplications, pick_precision
 from introvae.step import IntrospectiveStep, Noise
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
-from introvae.training.config import DEFAULT_STEPS, FitConfig
+from introvae.training.config import FitConfig
 from introvae.training.controller import Controller
 from introvae.training.devices import can_compile, pick_device, share_statistics
 from introvae.training.ema import Average
@@ -46,6 +45,7 @@ from introvae.training.guard import Guard
 from introvae.training.planner import Plan
 from introvae.training.preview import preview
 from introvae.training.readback import Readback
+from introvae.training.resolve import load_once, preparation_of, resolve
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
@@ -113,7 +113,7 @@ class Trainer:
                 self.data.shape,
                 config.network,
                 latent_dim,
-                data={"name": Path(self.data.name).name, "range": values, **_preparation(self.data)},
+                data={"name": Path(self.data.name).name, "range": values, **preparation_of(self.data)},
                 **config.network_options,
             ).to(self.device)
         self.average = Average(self.model, config.ema)
@@ -299,9 +299,9 @@ class Trainer:
 
     def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            if row["step"] >= self.guard.watch.blind_until and row["step"] > self.guard.answered:
+            if self.guard.mode == "off":
                 self._tell(run, self.guard.lost(self.step_index, "the losses are not finite"))
-            return
+            return  # the guard will find it, at the same step in every process
         lines.write(json.dumps(row) + "\n")
         lines.flush()
         shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
@@ -329,18 +329,23 @@ class Trainer:
         )
 
     def _live(self) -> list[Tensor]:
-        """All tensors that training changes, but the controller's."""
-        states = tree_leaves([self.step.state_dict(), self.average.model.state_dict()])
+        """All tensors that training changes, but the controller's and the rate, which `set_lr` owns."""
+        players = self.step.state_dict()
+        moments = [part["state"] if isinstance(part, dict) and "state" in part else part for part in players.values()]
+        states = tree_leaves([moments, self.average.model.state_dict()])
         return [leaf for leaf in states if isinstance(leaf, Tensor)]
 
     def _picture(self, run: Run, name: str) -> None:
         if self.peers.first:
             preview(self.averaged_model(), self.data, run.images / name)
 
+    def _finite(self) -> bool:
+        weights = [*self.model.parameters(), *self.average.model.parameters()]
+        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
     def _save(self, run: Run) -> None:
         self._tell(run, self.guard.judge(self.step_index))
-        weights = [*self.model.parameters(), *self.average.model.parameters()]
-        if not bool(torch.stack([weight.isfinite().all() for weight in weights]).all()):
+        while not self._finite():  # each attempt goes back to a good state; the last one raises
             self._tell(run, self.guard.lost(self.step_index, "the weights are not finite"))
         if self.peers.first:
             save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
@@ -382,53 +387,6 @@ class Trainer:
             if str(path) in str(error):  # from check_state: it says all there is to say
                 raise
             raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
-
-
-def _preparation(data: Data) -> dict[str, Any]:
-    """What later commands must do to their data, and how to know the run's own again, for the model's config."""
-    if not isinstance(data, ArrayData):
-        return {}
-    found: dict[str, Any] = {"fingerprint": data.fingerprint()}
-    if data.preparation is not None:
-        found["preparation"] = data.preparation.to_dict()
-    return found
-
-
-def resolve(config: FitConfig, data: Data) -> FitConfig:
-    """Fill in what was left to be chosen: steps, latent_dim.
-
-    Raises:
-        ConfigError: a batch larger than the data, epochs of endless data, a kernel that does not fit the latents.
-    """
-    from introvae.networks import network_for
-
-    steps = config.steps
-    if config.epochs is not None:
-        if not isinstance(data, ArrayData):
-            raise ConfigError(f"{data.name} is endless and has no epochs: give steps")
-        steps = max(1, round(config.epochs * data.steps_per_epoch(config.batch_size)))
-    elif isinstance(data, ArrayData):
-        data.steps_per_epoch(config.batch_size)
-    steps = steps or DEFAULT_STEPS
-    warmup = config.warmup.resolved(steps)
-    if warmup.steps >= steps and config.objective.adversarial:
-        raise ConfigError(f"warmup.steps {warmup.steps} leaves nothing of the {steps} steps: lower it")
-    latent_dim = config.latent_dim
-    if latent_dim is None:
-        small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
-        latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
-    objective = config.objective.fitted(math.prod(data.shape))
-    objective.check(latent_dim, config.batch_size)
-    network = network_for(data.shape) if config.network == "auto" else config.network
-    return dataclasses.replace(
-        config, objective=objective, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
-    )
-
-
-def load_once(config: FitConfig, peers: Alone) -> Data:
-    """The data; the first process reads them, the others then find them in the cache."""
-    data = peers.first_does(lambda: load_data(config.data, config))
-    return load_data(config.data, config) if data is None else data
 
 
 @contextmanager
