@@ -18,7 +18,7 @@ import torch
 from common import parser, progress, report
 from safetensors.torch import load_file
 
-from introvae import DivergedError, FitConfig, Run, SoftIntroVAE, Warmup
+from introvae import DivergedError, FitConfig, InterruptedRunError, Run, SoftIntroVAE, Warmup
 from introvae.measures import measure
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.loop import Trainer
@@ -91,6 +91,8 @@ def faulty(fault: str, steps: int, seed: int, guard: str) -> dict[str, Any]:
             said = ""
         except DivergedError as error:
             end, said = "stopped", str(error)
+        except InterruptedRunError:
+            raise
         except Exception as error:
             end, said = "lost", str(error)
         events = [{name: event[name] for name in ("step", "cause", "change")} for event in run.events("guard")]

@@ -454,8 +454,8 @@ def test_the_tables_show_the_numbers(compared: Compared) -> None:
     assert "## comparison: density:rings" in compared.table
     assert "## comparison: density:8gaussians" in compared.table
     heads = [row for row in rows_of(compared.table) if row[1] == "runs"]
-    assert heads[0] == ["", "runs", "KL", "JSD", "failed", "lost modes", "seconds"]
-    assert heads[1] == ["", "runs", "KL", "JSD", "modes", "within 3 sigma", "failed", "lost modes", "seconds"]
+    assert heads[0] == ["", "runs", "KL", "JSD", "failed", "lost modes", "guard", "seconds"]
+    assert heads[1] == ["", "runs", "KL", "JSD", "modes", "within 3 sigma", *heads[0][4:]]
     bodies = [row for row in rows_of(compared.table) if row[0] in OBJECTIVES]
     for row, cell in zip(bodies, compared.cells, strict=True):
         names = ["kl_soft_introvae", "jsd_soft_introvae"]
@@ -466,7 +466,7 @@ def test_the_tables_show_the_numbers(compared: Compared) -> None:
             values = [report[name]["value"] for report in reports]
             shown.append(f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}")
         lost = "" if cell["data"] == "density:rings" else "2 of 2"
-        assert row == [cell["label"], "2", *shown, "0 of 2", lost, row[-1]]
+        assert row == [cell["label"], "2", *shown, "0 of 2", lost, f"{cell['changed']} of 2", row[-1]]
         assert float(row[-1]) == pytest.approx(cell["seconds"]["mean"], abs=0.5)
     floors = [row for row in rows_of(compared.table) if row[0] == "floor"]
     assert len(floors) == 2
@@ -572,7 +572,7 @@ def test_a_row_that_fails_does_not_stop_the_rest(tmp_path: Path, command: Comman
         assert f"FAILED   sec: odd on density:rings, seed {run['seed']}: {run['reason']}" in said.out
         assert f"- odd on density:rings, seed {run['seed']}: {run['reason']}" in (out / "comparison.md").read_text()
     (row,) = [row for row in rows_of((out / "comparison.md").read_text()) if row[0] == "odd"]
-    assert row == ["odd", "0", "", "", "2 of 2", "", ""]
+    assert row == ["odd", "0", "", "", "2 of 2", "", "0 of 2", ""]
     first = here.words[:]
     assert len(first) == 4
     again = command("compare", "--recipe", path, "--out", out)
@@ -725,12 +725,18 @@ def test_settings_for_finished_runs_are_refused(compared: Compared, tmp_path: Pa
 
 def test_a_table_of_hand_made_cells() -> None:
     done = {"status": "done", "lost_modes": True}
+    event = {"step": 1200, "cause": "it was wrong", "change": "lr lowered", "attempt": 1}
     cell = {
         "data": "density:8gaussians",
         "label": "A",
-        "runs": [{**done, "seed": 0}, {"status": "failed", "seed": 1, "reason": "it was odd"}, {**done, "seed": 2}],
+        "runs": [
+            {**done, "seed": 0},
+            {"status": "failed", "seed": 1, "reason": "it was odd"},
+            {**done, "seed": 2, "guard": [event]},
+        ],
         "done": 2,
         "failed": 1,
+        "changed": 1,
         "lost_modes": 2,
         "not_run": 0,
         "cost_seconds": 0,
@@ -748,13 +754,14 @@ def test_a_table_of_hand_made_cells() -> None:
     }
     markdown = to_markdown(result, ["a.png"])
     assert rows_of(markdown) == [
-        ["", "runs", "KL", "modes", "failed", "lost modes", "seconds"],
-        ["A", "2", "0.123", "7.5 ± 0.71", "1 of 3", "2 of 2", "62"],
-        ["B", "not run, about 2 min", "", "", "", "", ""],
-        ["floor", "", "", "8", "", "", ""],
+        ["", "runs", "KL", "modes", "failed", "lost modes", "guard", "seconds"],
+        ["A", "2", "0.123", "7.5 ± 0.71", "1 of 3", "2 of 2", "1 of 3", "62"],
+        ["B", "not run, about 2 min", "", "", "", "", "", ""],
+        ["floor", "", "", "8", "", "", "", ""],
     ]
     assert "N." in markdown
     assert "- A on density:8gaussians, seed 1: it was odd" in markdown
+    assert "- S, A on density:8gaussians, seed 2, step 1,200: it was wrong; lr lowered" in markdown
     assert "![a](a.png)" in markdown
     text = to_text(result)
     assert text.startswith("S: density:8gaussians\nN.\n")

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,60 @@ def test_a_beta_neg_that_is_not_felt_for_100_steps_is_balanced(beta_neg: float, 
     steps = range(200, 400, 10)
     alarms = [(step, alarm) for step in steps if (alarm := changed.judge(step, HEALTHY, values)) is not None]
     assert (alarms[0][0], alarms[0][1].back) == (300, True)
+
+
+def test_the_guard_waits_while_the_distance_leads() -> None:
+    """Then nobody wants anything of the fakes' KL."""
+    objective = ASIntroVAE(beta_neg=1.0)
+    values = {**SOFT, "distance_weight": 1.0, "c": 0.5}
+    for changed in ({"kl_reconstruction": 500.0}, {"kl_sample": 500.0}, {"kl_reconstruction": 0.5, "kl_sample": 0.5}):
+        assert first_alarm(watch(objective), always(**changed), values, end=2000) is None
+        assert first_alarm(watch(objective), always(**changed), {**values, "c": 1.0}, end=2000) is not None
+
+
+def test_a_first_copy_that_is_not_finite_is_not_good() -> None:
+    game = Game()
+    game.play(10)
+    game.weight.fill_(math.nan)
+    game.step = 19
+    game.controller.update(19)
+    record = {name: torch.tensor(value) for name, value in HEALTHY.items()}
+    game.guard.see(20, record)
+    assert game.guard.copies.good_step is None
+
+
+@pytest.mark.parametrize("at", [12, 15, 19, 40])
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, at: int) -> None:
+    trainer = Trainer(
+        FitConfig(
+            data="density:rings", network="tiny-mlp", objective=SoftIntroVAE(beta_neg=1.0), steps=120, batch_size=16,
+            checkpoint_every=20, image_every=0, device="cpu", ema=0.0,
+        )
+    )  # fmt: skip
+    weight = next(trainer.model.decoder.parameters())
+    weight.register_hook(lambda gradient: gradient * math.nan if trainer.step_index == at else gradient)
+    run = Run.create(tmp_path / "run", trainer.config)
+    with pytest.raises(DivergedError) if at < 20 else nullcontext():  # from then on there is a copy to go back to
+        trainer.train(run, progress=False)
+    for path in list_checkpoints(run.checkpoints):
+        state = torch.load(path, weights_only=True)
+        for tensors in (state["players"]["model"], state["average"]):
+            assert all(bool(tensor.isfinite().all()) for tensor in tensors.values()), path
+
+
+def test_a_rollback_leaves_the_rate_to_its_owner() -> None:
+    """On a GPU the rate is a tensor in the optimisers' groups, which a CUDA graph reads."""
+    config = FitConfig(data="density:rings", network="tiny-mlp", steps=9, batch_size=8, device="cpu")
+    trainer = Trainer(config)
+    trainer._one_step()
+    kept = {id(tensor) for tensor in trainer._live()}
+    step = trainer.step
+    for optimizer in (step.encoder_optimizer, step.decoder_optimizer):  # pyright: ignore
+        rate = torch.tensor(0.5)
+        optimizer.param_groups[0]["lr"] = rate
+        assert id(rate) not in {id(tensor) for tensor in trainer._live()}
+        moments = [t for state in optimizer.state.values() for t in state.values()]
+        assert {id(tensor) for tensor in moments} <= kept
 
 
 def test_beta_neg_is_not_felt_either_while_the_distance_leads() -> None:
