@@ -1012,3 +1012,30 @@ def test_from_python_the_result_is_what_stands_in_the_file(compared: Compared, c
     assert [cell["metrics"] for cell in copied.cells] == [cell["metrics"] for cell in compared.cells]
     with pytest.raises(ConfigError, match="either"):
         compare(["VAE"], runs=[copied.out])
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, here: Here, refused: Refused) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    words = ["compare", "--objectives", "VAE", "--data", "density:rings", "--steps", "2", "--network", "tiny-mlp"]
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".running", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another comparison" in refused(*words, "--seeds", "1", "--out", out)
+    assert here.words == []
+    assert call(*words, "--seeds", "1", "--out", out) == 0  # as soon as it is free
+    assert len(here.words) == 1
+
+
+def test_a_process_that_died_is_told_and_tried_again(tmp_path: Path) -> None:
+    (job,) = scripts(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    run_all([job], 1, 1, lambda: None)
+    assert job.status == "new"
+    plan = from_words(["VAE"], ["density:rings"], 1, ["--steps", "3"])
+    result = collect(plan, jobs(plan, tmp_path))
+    (run,) = result["sections"][0]["cells"][0]["runs"]
+    assert (run["status"], run["crashed"]) == ("not run", "exit code -9")
+    assert "seed 0: exit code -9" in to_markdown(result)
+    (again,) = scripts(tmp_path, "")
+    run_all([again], 1, 1, lambda: None)
+    assert "crashed" not in collect(plan, jobs(plan, tmp_path))["sections"][0]["cells"][0]["runs"][0]

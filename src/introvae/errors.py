@@ -42,7 +42,7 @@ class InterruptedRunError(RunError):
 
 
 class DivergedError(RunError):
-    """The losses or weights are no longer finite."""
+    """Training went wrong and the guard, where it may act, could not help: the message names the cause and a remedy."""
 
 
 class CheckpointError(IntrovaeError, RuntimeError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
 
-RESULT, TABLE = "comparison.json", "comparison.md"
+RESULT, TABLE, LOCK = "comparison.json", "comparison.md", ".running"
 
 
 def compare(
@@ -103,11 +104,32 @@ def compare(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        keep()
-        run_all(chosen, count, threads, keep)
+        with _alone(folder) as lock:
+            keep()
+            run_all(chosen, count, threads, keep, lock)
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error}): give it room or rights, or choose --out") from error
     return _write(folder, plan, every, collect(plan, every, costs, before))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Hold a lock on the folder; the file is for the runs' processes to hold open too, should this one be killed.
+
+    Raises:
+        RunError: another comparison is running there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        yield ()
+        return
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another comparison: wait for it, or choose another --out") from error
+        yield (file.fileno(),)
 
 
 def _say(
@@ -168,7 +190,7 @@ def _of_runs(folders: Sequence[Path]) -> tuple[Comparison, list[Job], dict[str, 
     cells, its = [], []
     for (data, label), indices in sorted(rows.items()):
         seeds = tuple(configs[i].seed for i in indices)
-        cell = Cell("runs", data, label, ("--data", data), seeds)
+        cell = Cell("runs", data, label, ("--recipe", str(found[indices[0]].config_path)), seeds)
         cells.append(cell)
         its += [Job(cell, configs[i].seed, folders[i], configs[i]) for i in indices]
     plan = Comparison("Comparison of runs", (Section("runs", "Runs", tuple(cells)),))

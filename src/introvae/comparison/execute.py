@@ -128,16 +128,14 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
     Raises:
         IntrovaeError: a job's data or settings will not do.
     """
-    known: dict[tuple[object, ...], tuple[float, float, Data]] = {}
+    known: dict[str, tuple[float, float, Data]] = {}
     found = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for job in todo:
             config = job.config
-            options = tuple(sorted((name, str(value)) for name, value in config.network_options.items()))
-            key = (config.data, type(config.objective), config.network, options, config.batch_size, config.precision)
-            if key not in known:
+            if (key := _kind(config)) not in known:
                 trainer = Trainer(config)
                 known[key] = (*_step_seconds(trainer), trainer.data)
             warm, full, data = known[key]
@@ -149,6 +147,16 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
     finally:
         torch.set_num_threads(before)
     return found
+
+
+def _kind(config: FitConfig) -> str:
+    """Settings of which the time of a step depends, as text: all but its length, rates, weights and pictures."""
+    free = {"steps", "epochs", "seed", "warmup", "ema", "guard", "gradient_every", "objective"}
+    free |= {"lr", "lr_schedule", "lr_milestones", "lr_warmup", "log_every", "image_every", "checkpoint_every"}
+    kind = {name: value for name, value in config.to_dict().items() if name not in free}
+    settings = config.to_dict()["objective"]["init_args"]
+    fixed = {name: value for name, value in settings.items() if name not in config.objective.tunable}
+    return str((kind, type(config.objective).__name__, fixed))
 
 
 def _share_done(job: Job, steps: int) -> float:
@@ -189,8 +197,12 @@ def within(times: Mapping[Job, float], hours: float | None, workers: int) -> lis
     return chosen
 
 
-def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[], None]) -> None:
+def run_all(
+    todo: Sequence[Job], workers: int, threads: int, after: Callable[[], None], held_open: tuple[int, ...] = ()
+) -> None:
     """Run the jobs, `workers` at a time, each with `threads` threads; `after` is called whenever one has ended.
+
+    `held_open` are file descriptors that the processes keep open as long as they live.
 
     Raises:
         InterruptedRunError: Ctrl-C or a termination signal; the runs' states are saved.
@@ -214,6 +226,7 @@ def run_all(todo: Sequence[Job], workers: int, threads: int, after: Callable[[],
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,
+                    pass_fds=held_open,
                 )
                 held[process] = place
                 running[process], said[process] = job, errors

@@ -105,7 +105,9 @@ def from_words(objectives: Sequence[str], data: Sequence[str], seeds: int, setti
         (['VAE', 'SoftIntroVAE'], (0, 1))
     """
     if not objectives or not data:
-        raise ConfigError("nothing to compare: give --objectives A,B and --data X")
+        raise ConfigError(
+            "nothing to compare: give --objectives A,B and --data X, --recipe NAME, or RUNS before all options"
+        )
     _refuse(settings, ("--objective", "--recipe"), "the settings")
     rows = {name: shlex.join(["--objective", name, *settings]) for name in objectives}
     return Comparison("Comparison", (_section("comparison", {"data": list(data), "rows": rows, "seeds": seeds}),))

@@ -16,7 +16,7 @@ from introvae.data import get_density
 from introvae.errors import ConfigError
 from introvae.machine import hardware, versions
 from introvae.training.config import FitConfig
-from introvae.training.fit import MACHINES
+from introvae.training.fit import MACHINES, flat
 from introvae.training.run import Run
 
 PLANE = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma")
@@ -278,25 +278,15 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 def labels_of(configs: Sequence[FitConfig]) -> list[str]:
     """A label for each run: its objective, and the settings in which it differs from others of that objective."""
-    flats = [_flat(settings_of(config)) for config in configs]
+    flats = [flat(settings_of(config)) for config in configs]
     labels = []
-    for config, flat in zip(configs, flats, strict=True):
+    for config, mine in zip(configs, flats, strict=True):
         name = type(config.objective).__name__
         peers = [
             other
             for other, its in zip(flats, configs, strict=True)
             if type(its.objective).__name__ == name and its.data == config.data
         ]
-        differing = [key for key in flat if any(other.get(key) != flat[key] for other in peers)]
-        labels.append(", ".join([name, *(f"{key.rpartition('.')[2]} {flat[key]}" for key in differing)]))
+        differing = [key for key in mine if any(other.get(key) != mine[key] for other in peers)]
+        labels.append(", ".join([name, *(f"{key.rpartition('.')[2]} {mine[key]}" for key in differing)]))
     return labels
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def resumable(
 
 def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
     """Raise `RunError` with every setting in which `wanted` differs from the run's; those of `MACHINES` may."""
-    ours, theirs = _flat(wanted.to_dict()), _flat(found.to_dict())
+    ours, theirs = flat(wanted.to_dict()), flat(found.to_dict())
     differences = [
         f"{name} is {theirs.get(name)} in the run, {ours.get(name)} here"
         for name in sorted(ours.keys() | theirs.keys())
@@ -174,11 +175,12 @@ def refuse_differences(run: Run, found: FitConfig, wanted: FitConfig) -> None:
         )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of settings as one level, "warmup.steps" for the steps of the warm-up."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found
