@@ -322,7 +322,9 @@ def test_recipes_lists_names_and_heads(command: Command, shelf: Path) -> None:
     assert (said.code, said.err) == (0, "")
     assert said.out.split(maxsplit=1)[0] == "rings-vae"
     assert "A VAE on rings, for tests." in said.out
-    assert said.out.count("\n") == 1
+    of_fit, _, of_compare = said.out.partition("\nfor introvae compare --recipe:\n")
+    assert of_fit.count("\n") == of_compare.count("\n") == 1
+    assert of_compare.startswith("table-2d ")
 
 
 def test_an_unknown_recipe_lists_the_known_ones(refused_fit: Refused, shelf: Path) -> None:

@@ -280,7 +280,8 @@ def _compare(words: list[str]) -> None:
     example = (
         "example:\n  introvae compare --objectives VAE,SoftIntroVAE --data density:8gaussians --seeds 3 --steps 2000\n"
         "  introvae compare --recipe table-2d --out runs/table-2d\n  introvae compare runs/a runs/b\n\n"
-        "Other options are those of introvae fit and go to every run. The same command again goes on with the rest."
+        "Other options are those of introvae fit, such as --steps and --lr, and go to every run.\n"
+        "The same command again goes on with the rest."
     )
     from introvae.comparison.compare import compare
     from introvae.training.config import underscored
