@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS, GRID, IMAGES = 2000, 100, 36
+DRAWN = 100
+"""About so many points a curve are drawn: there are many curves, and the files are shared."""
 LEAST = 1e-12
 """Where a gradient that vanished is drawn."""
 COLOURS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#5c6875", "#b0447a", "#4a8f3c")
@@ -76,7 +78,8 @@ def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
     axes = figure.axes
     for column, (label, runs) in enumerate(logs.items()):
         above, below = axes[column], axes[len(logs) + column]
-        for index, rows in enumerate(runs):
+        for index, every in enumerate(runs):
+            rows = every[:: max(1, len(every) // DRAWN)]
             for name, colour, title in KLS:
                 found = [(row["step"], row[name]) for row in rows if name in row]
                 if found:
