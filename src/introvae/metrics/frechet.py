@@ -42,7 +42,8 @@ class GaussianStatistics:
         x = x - self.shift
         self.count += len(x)
         self.total += x.sum(dim=0)
-        self.outer += x.T @ x
+        outer = x.T @ x
+        self.outer += (outer + outer.T) / 2  # some libraries round the two halves differently
 
     @property
     def mean(self) -> Tensor:
@@ -59,7 +60,7 @@ class GaussianStatistics:
         if self.count < 2:
             raise ConfigError(f"{self.count} samples have no covariance: give at least two")
         mean = self.total / self.count
-        return (self.outer - self.count * mean[:, None] * mean) / (self.count - 1)
+        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
