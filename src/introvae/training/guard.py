@@ -290,7 +290,7 @@ class Guard:
             Copies(live),
             Readback(peers),
         )
-        self.attempts, self.rate, self.answered = 0, 1.0, -1
+        self.attempts, self.rate = 0, 1.0
         self.warned: list[str] = []
 
     def see(self, step: int, record: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -321,7 +321,7 @@ class Guard:
 
     def answer(self, step: int, alarm: Alarm) -> dict[str, Any] | None:
         """Do something about an alarm, or only tell of it."""
-        self.answered, self.copies.candidate_step = step, None
+        self.copies.candidate_step = None
         event: dict[str, Any] = {"step": step, "cause": alarm.cause, "change": alarm.change}
         if self.mode == "warn" and not alarm.lost:
             kind = re.sub(r"[\d.]+(e[+-]?\d+)?", "", alarm.cause)
