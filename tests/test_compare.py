@@ -43,6 +43,7 @@ from introvae.comparison.summary import collect, labels_of, to_markdown, to_text
 from introvae.errors import InterruptedRunError
 from introvae.training import loop
 from introvae.training.checkpoint import list_checkpoints
+from introvae.training.signals import stop_on_signal
 
 OBJECTIVES, DATA = ["VAE", "SoftIntroVAE"], ["density:rings", "density:8gaussians"]
 SMALL = [
@@ -846,10 +847,6 @@ def test_a_run_that_was_stopped_and_saved_its_state_has_not_failed(tmp_path: Pat
     assert job.status != "failed"
 
 
-processes = pytest.mark.skipif(
-    "INTROVAE_PROCESS_TESTS" not in os.environ, reason="they hang now and then on a busy machine: not understood yet"
-)
-
 SAVING = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
@@ -901,7 +898,6 @@ def told(its: Sequence[Script], how: Callable[[list[int]], None]) -> tuple[list[
     return found, [str(warning.message) for warning in left]
 
 
-@processes
 def test_a_termination_signal_lets_the_runs_save_their_state(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     its = scripts(tmp_path, SAVING, SAVING)
@@ -912,13 +908,31 @@ def test_a_termination_signal_lets_the_runs_save_their_state(tmp_path: Path) -> 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@processes
+def test_a_signal_while_a_process_is_being_started_tells_that_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its = scripts(tmp_path, SAVING, SAVING)
+    start, begun = subprocess.Popen.__init__, []
+
+    def slow(process: Any, *args: Any, **kwargs: Any) -> None:
+        start(process, *args, **kwargs)
+        begun.append(process)
+        if len(begun) == 2:
+            pids(its)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", slow)
+    with pytest.raises(InterruptedRunError, match="2 runs saved"):
+        run_all(its, 2, 1, lambda: None)
+    assert all((job.folder / "saved").exists() for job in its)
+
+
 def test_an_interruption_leaves_nothing_open(tmp_path: Path) -> None:
     _, left = told(scripts(tmp_path, SAVING, SAVING), lambda found: os.kill(os.getpid(), signal.SIGTERM))
     assert left == []
 
 
-@processes
 def test_ctrl_c_in_a_terminal_lets_the_runs_save_their_state(tmp_path: Path) -> None:
     def press(found: list[int]) -> None:
         for pid in found:
@@ -927,11 +941,35 @@ def test_ctrl_c_in_a_terminal_lets_the_runs_save_their_state(tmp_path: Path) -> 
         os.kill(os.getpid(), signal.SIGINT)
 
     its = scripts(tmp_path, SAVING, SAVING)
-    told(its, press)
+    # Whoever starts these tests in the background of a script lets them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        told(its, press)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert all((job.folder / "saved").exists() for job in its)
 
 
-@processes
+def test_a_second_signal_interrupts_at_once_and_what_is_ignored_stays_ignored() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.wait(5)
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_no_process_outlives_an_error(tmp_path: Path) -> None:
     its, found, outlived = scripts(tmp_path, SAVING, ""), [], []
 
@@ -975,7 +1013,6 @@ def test_compare_works_outside_the_main_thread(tmp_path: Path, here: Here) -> No
     assert isinstance(found[0], dict), found
 
 
-@processes
 def test_a_comparison_that_was_stopped_is_completed_by_the_same_command(
     tmp_path: Path, command: Command, here: Here
 ) -> None:
@@ -1036,7 +1073,6 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, here: Here, refus
     assert len(here.words) == 1
 
 
-@processes
 def test_a_process_that_died_is_told_and_tried_again(tmp_path: Path) -> None:
     (job,) = scripts(tmp_path, "import os; os.kill(os.getpid(), 9)")
     run_all([job], 1, 1, lambda: None)

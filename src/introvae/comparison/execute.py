@@ -6,11 +6,9 @@ import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +30,7 @@ from introvae.training.fit import MACHINES
 from introvae.training.loop import Trainer
 from introvae.training.resolve import resolve
 from introvae.training.run import Run
+from introvae.training.signals import stop_on_signal
 
 log = logging.getLogger("introvae")
 
@@ -212,8 +211,12 @@ def run_all(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     places = _places(workers)
     held = dict[subprocess.Popen[bytes], str]()
-    with ExitStack() as files, _ended_with_us(running):
+    with ExitStack() as files, stop_on_signal() as stop, _ended_with_us(running):
         while waiting or running:
+            if stop.is_set():
+                raise InterruptedRunError(
+                    f"interrupted, {len(running)} runs saved their state: give the same command again to go on"
+                )
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 job.prepare()
@@ -266,17 +269,10 @@ def _note(job: Job, code: int, reason: str, left: int) -> None:
 
 @contextmanager
 def _ended_with_us(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]:
-    """Where this process is told to end, the runs are told too and save their state."""
-
-    def handle(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    told = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # a closed terminal hangs up
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in told} if main else {}
+    """Whatever ends this loop early ends the runs too; they are told, and save their state."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         for process in running:
             process.terminate()
         for process in running:
@@ -284,14 +280,7 @@ def _ended_with_us(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[N
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
-        if not isinstance(error, KeyboardInterrupt):
-            raise
-        raise InterruptedRunError(
-            f"interrupted, {len(running)} runs saved their state: give the same command again to go on"
-        ) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise
 
 
 def reason_of(folder: Path) -> str:

@@ -6,11 +6,9 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +45,7 @@ from introvae.training.preview import preview
 from introvae.training.readback import Readback
 from introvae.training.resolve import load_once, preparation_of, resolve
 from introvae.training.run import Run
+from introvae.training.signals import stop_on_signal
 
 log = logging.getLogger("introvae")
 
@@ -204,7 +203,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(bar)
             lines = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
-            stopped = stack.enter_context(_stop_on_signal())
+            stopped = stack.enter_context(stop_on_signal())
             stack.enter_context(self.feed)
             self.guard.begin(self.step_index)
             while self.step_index < self.steps:
@@ -387,25 +386,3 @@ class Trainer:
             if str(path) in str(error):  # from check_state: it says all there is to say
                 raise
             raise CheckpointError(f"{path} does not fit this run ({error}): remove it or start the run anew") from error
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination signal sets, so that no step is cut in two; a second one interrupts."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
