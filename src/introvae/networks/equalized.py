@@ -22,6 +22,7 @@ class EqualizedLinear(nn.Linear):
     Source: Karras et al. 2018 (Progressive Growing of GANs), Sec. 4.1; the multiplier: Karras et al. 2019 (StyleGAN).
 
     Example:
+        >>> import torch
         >>> y = EqualizedLinear(256, 256)(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
         >>> bool(0.9 < y.std() < 1.1)
         True
@@ -50,6 +51,7 @@ class EqualizedConv2d(nn.Conv2d):
     Source: Karras et al. 2018 (Progressive Growing of GANs), Sec. 4.1.
 
     Example:
+        >>> import torch
         >>> EqualizedConv2d(3, 8, 3)(torch.zeros(1, 3, 4, 4)).shape
         torch.Size([1, 8, 4, 4])
     """
