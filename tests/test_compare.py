@@ -32,12 +32,13 @@ import yaml
 from PIL import Image
 
 from commands import Command, Refused, call, one_line
-from introvae import ConfigError, Run, evaluation, measures
+from introvae import ConfigError, Run, evaluation, fit, measures
 from introvae.cli import main
 from introvae.comparison import compare as comparison
 from introvae.comparison import execute
 from introvae.comparison.compare import compare
 from introvae.comparison.execute import FAILURE, Job, estimate, jobs, run_all, within
+from introvae.comparison.figures import moments
 from introvae.comparison.plan import Cell, Comparison, from_file, from_words
 from introvae.comparison.summary import collect, labels_of, to_markdown, to_text
 from introvae.errors import InterruptedRunError
@@ -496,6 +497,29 @@ def test_the_pictures_show_something(compared: Compared) -> None:
         assert min(pixels.shape[:2]) > 150
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
         assert (pixels != 255).any(axis=2).mean() > 0.01
+
+
+def test_runs_on_images_are_shown_at_three_moments(tmp_path: Path) -> None:
+    found = {}
+    for label, shade in (("A", 40), ("B", 200)):
+        for step in (10, 20, 30, 45, 100):
+            path = tmp_path / f"{label}-{step}.png"
+            Image.new("L", (60, 20), shade + step // 2).save(path)
+            found.setdefault(label, []).append((step, path))
+    figure = moments({**found, "C": found["A"][-1:]})  # C kept only its last
+    assert figure is not None
+    titles = [f"{label}, step {step}" for label in "AB" for step in (20, 45, 100)]
+    assert [axis.get_title() for axis in figure.axes] == titles
+    shown = [int(np.asarray(axis.images[0].get_array())[0, 0, 0]) for axis in figure.axes]
+    assert shown == [50, 62, 90, 210, 222, 250]
+    assert moments({"C": found["A"][-1:]}) is None
+
+
+def test_a_run_s_pictures_have_their_steps(tmp_path: Path) -> None:
+    run = fit(
+        data="digits", network="tiny-mlp", latent_dim=2, steps=4, image_every=2, recipe="none", out=tmp_path / "r"
+    )
+    assert [(step, path.name) for step, path in run.pictures()] == [(2, "step_00000002.png"), (4, "final.png")]
 
 
 def test_the_same_command_again_runs_nothing(copied: Compared, command: Command, here: Here) -> None:

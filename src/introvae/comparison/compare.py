@@ -224,10 +224,12 @@ def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
             order = [cell.label for cell in section.cells if cell.label in done and cell.data == data]
             models = {label: Run(done[label][0].folder).model() for label in order}
             logs = {label: [Run(job.folder).log() for job in done[label]] for label in order}
+            pictures = {label: Run(done[label][0].folder).pictures() for label in order}
             made = {
                 "samples": figures.samples(models, data),
                 "stability": figures.stability(logs),
                 "gradients": figures.gradients(logs),
+                "moments": None if data.startswith("density:") else figures.moments(pictures),
             }
             for name, figure in made.items():
                 if figure is not None:

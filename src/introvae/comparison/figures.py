@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 POINTS, GRID, IMAGES = 2000, 100, 36
 DRAWN = 100
 """About so many points a curve are drawn: there are many curves, and the files are shared."""
+MOMENTS, WIDTH_OF_MOMENT = (0.2, 0.4, 1.0), 3.2
+"""Shares of training at which pictures are shown, epochs 10, 20 and 50 of the AS-IntroVAE poster; inches of each."""
 LEAST = 1e-12
 """Where a gradient that vanished is drawn."""
 COLOURS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#5c6875", "#b0447a", "#4a8f3c")
@@ -130,6 +133,36 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
         axis.set_xlabel("step", fontsize=8)
     left.legend(fontsize=7, frameon=False)
     return figure
+
+
+def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]]) -> Figure | None:
+    """What each row's first run made of the same held-out images and latents at the moments `MOMENTS` of its training;
+    None where a run kept no picture before its end.
+
+    Arguments:
+        pictures: step and file of a run's pictures, in order, the last one of its end; by label.
+    """
+    kept = {label: its for label, its in pictures.items() if len(its) > 1}
+    if not kept:
+        return None
+    first = _picture(next(iter(kept.values()))[0][1])
+    figure = _figure(len(MOMENTS), len(kept), WIDTH_OF_MOMENT, WIDTH_OF_MOMENT * first.shape[0] / first.shape[1] + 0.2)
+    axes = iter(figure.axes)
+    for label, its in kept.items():
+        for moment in MOMENTS:
+            step, path = min(its, key=lambda found: abs(found[0] - moment * its[-1][0]))
+            axis = next(axes)
+            axis.imshow(_picture(path), interpolation="antialiased")
+            axis.set_title(f"{label}, step {step:,}", fontsize=7)
+            axis.set_axis_off()
+    return figure
+
+
+def _picture(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _figure(columns: int, rows: int, width: float, height: float, sharey: Any = False) -> Figure:

@@ -127,6 +127,13 @@ class Run:
                 break
         return rows
 
+    def pictures(self) -> list[tuple[int, Path]]:
+        """Step and file of the pictures made during training, the last one that of its end."""
+        found = [(int(path.stem.removeprefix("step_")), path) for path in sorted(self.images.glob("step_*.png"))]
+        if (final := self.images / "final.png").is_file() and (rows := self.log()):
+            found.append((rows[-1]["step"], final))
+        return found
+
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, and a line that a crash cut."""
         kept = [json.dumps(row) + "\n" for row in self._lines() if row["step"] <= step]
