@@ -66,7 +66,7 @@ def test_a_thread_changes_no_input(source: Callable[[], Batches], flip: bool) ->
 
 def test_images_arrive_in_0_to_1_and_noise_in_the_shapes_of_a_step() -> None:
     batches = images()
-    x, noise = feed().next()
+    x, noise, _ = feed().next()
     assert torch.equal(x, batches.stored().float() / 255)
     assert [tuple(draws.shape) for draws in noise] == [(N, 2), (N, 2), (2 * N, 2), (2 * N, 2)]
     again, draws = feed(seed=8).next()
@@ -363,7 +363,7 @@ def test_an_average_s_state_goes_on_bit_for_bit() -> None:
 
 def test_training_data_reach_a_feed_from_an_array() -> None:
     data = from_array(torch.rand(40, 1, 8, 8))
-    x, noise = Feed(data.batches(4, 0), 5, 1, CPU, slice(0, 4)).next()
+    x, noise, _ = Feed(data.batches(4, 0), 5, 1, CPU, slice(0, 4)).next()
     assert x.shape == (4, 1, 8, 8)
     assert noise.real.shape == (4, 5)
     assert any(torch.equal(x[0], one) for one in data.train.tensor())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +190,81 @@ def test_fewer_samples_than_features_have_a_singular_symmetric_covariance():
     shared = torch.linalg.matrix_norm(x @ y.T, ord="nuc")
     wanted = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * shared
     assert frechet_distance(of(a), of(b)) == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def assert_equal(a: GaussianStatistics, b: GaussianStatistics) -> None:
+    assert a.count == b.count
+    np.testing.assert_allclose(a.mean, b.mean, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(a.covariance, b.covariance, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("cut", [1, 20, 59])
+def test_merged_parts_equal_one_pass(offset: float, cut: int):
+    x = normal(60, 5) + offset
+    x[:cut] += 3  # the two parts subtract different points before squaring
+    parts = [of(x[:cut], 7), of(x[cut:], 11)]
+    before = parts[1].covariance.clone() if cut < 59 else None
+    parts[0].merge(parts[1])
+    assert_equal(parts[0], of(x))
+    assert before is None or torch.equal(parts[1].covariance, before)
+    other = of(normal(50, 5, seed=1) + offset)
+    assert frechet_distance(parts[0], other) == pytest.approx(frechet_distance(of(x), other), rel=1e-10)
+
+
+def test_merging_with_nothing_changes_nothing():
+    full, empty = of(normal(20, 3)), GaussianStatistics(3)
+    full.merge(GaussianStatistics(3))
+    empty.merge(full)
+    assert_equal(full, of(normal(20, 3)))
+    assert_equal(empty, of(normal(20, 3)))
+    empty.update(normal(5, 3, seed=1))  # what was merged is a copy
+    assert_equal(full, of(normal(20, 3)))
+
+
+def test_statistics_of_two_spaces_are_not_merged():
+    with pytest.raises(ConfigError, match="of 3 and of 4 features cannot be merged"):
+        of(normal(9, 3)).merge(of(normal(9, 4)))
+
+
+WORKER = """
+import sys, torch
+from torch import distributed
+from introvae.metrics.frechet import GaussianStatistics
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+found, lonely, nothing = (GaussianStatistics(4) for _ in range(3))
+x = torch.load(f"{folder}/x.pt")
+for part in (x[:30], x[30:])[rank].split(8):
+    found.update(part)
+if rank == 1:
+    lonely.update(x)
+for statistics in (found, lonely, nothing):
+    statistics.all_reduce()
+assert nothing.count == 0
+torch.save([(s.count, s.mean, s.covariance) for s in (found, lonely)], f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_each_saw_a_part_have_the_sums_of_one(tmp_path: Path):
+    x = normal(100, 4) + 1e3
+    x[:30] *= 2
+    torch.save(x, tmp_path / "x.pt")
+    words = [sys.executable, "-c", WORKER]
+    processes = [
+        subprocess.Popen([*words, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    whole = of(x)
+    for rank in range(2):
+        for count, mean, covariance in torch.load(tmp_path / f"{rank}.pt"):
+            assert count == 100
+            np.testing.assert_allclose(mean, whole.mean, rtol=1e-10)
+            np.testing.assert_allclose(covariance, whole.covariance, rtol=1e-10, atol=1e-7)  # of thousands, squared
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

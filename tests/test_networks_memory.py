@@ -26,7 +26,7 @@ from introvae import (
     register_network,
 )
 from introvae.networks import list_networks, use_gradient_checkpointing
-from introvae.networks.blocks import NORMS, ResidualBlock, Stages, activated, make_norm
+from introvae.networks.blocks import NORM_PLACES, NORMS, ResidualBlock, Stages, activated, make_norm
 
 SOFT: dict[str, Any] = {"beta_rec": 0.7, "beta_kl": 0.4, "beta_neg": 1.9}
 OBJECTIVES: dict[str, Objective] = {
@@ -123,10 +123,13 @@ def test_activated_equals_its_formula(norm: str, channels_last: bool, skipped: b
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("place", NORM_PLACES)
 @pytest.mark.parametrize("widths", [(6, 6), (6, 4)])
-def test_a_block_leaves_its_input_alone_and_has_its_numeric_gradients(norm: str, widths: tuple[int, int]) -> None:
+def test_a_block_leaves_its_input_alone_and_has_its_numeric_gradients(
+    norm: str, place: str, widths: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
-    block = ResidualBlock(*widths, norm).double()
+    block = ResidualBlock(*widths, norm, place).double()
     x = torch.randn(2, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     before = x.detach().clone()
     with torch.no_grad():

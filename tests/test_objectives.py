@@ -131,10 +131,10 @@ def test_settings_out_of_range_are_refused(objective_class, setting, value, mess
 
 
 def test_registry_knows_all_objectives_and_lists_them_for_an_unknown_name() -> None:
-    assert list_objectives() == ["VAE", "IntroVAE", "SoftIntroVAE", "ASIntroVAE"]
+    assert list_objectives() == ["VAE", "IntroVAE", "SoftIntroVAE", "ASIntroVAE", "AGE", "WGANGP"]
     for name in list_objectives():
         objective = get_objective(name)()
         assert set(objective.tunable) <= {f.name for f in dataclasses.fields(objective)}  # pyright: ignore
         assert set(objective.tunable) <= set(objective.values())
-    with pytest.raises(ConfigError, match="VAE, IntroVAE, SoftIntroVAE, ASIntroVAE"):
+    with pytest.raises(ConfigError, match="VAE, IntroVAE, SoftIntroVAE, ASIntroVAE, AGE, WGANGP"):
         get_objective("GAN")

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from introvae.baselines import WGANGP, WGANGPStep
     from introvae.comparison.compare import compare
     from introvae.data import ArrayData, DataOptions, DensityData, from_array, load_data
     from introvae.errors import (
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from introvae.gaussian import DiagonalGaussian
     from introvae.model import IntrospectiveVAE
     from introvae.networks import list_networks, register_network
-    from introvae.objectives import VAE, ASIntroVAE, IntroVAE, Objective, SoftIntroVAE, Warmup
+    from introvae.objectives import AGE, VAE, ASIntroVAE, IntroVAE, Objective, SoftIntroVAE, Warmup
     from introvae.step import IntrospectiveStep, Noise
     from introvae.training.config import FitConfig
     from introvae.training.fit import fit
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGE",
     "VAE",
+    "WGANGP",
     "ASIntroVAE",
     "ArrayData",
     "CheckpointError",
@@ -57,6 +60,7 @@ __all__ = [
     "Run",
     "RunError",
     "SoftIntroVAE",
+    "WGANGPStep",
     "Warmup",
     "__version__",
     "compare",
@@ -69,6 +73,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "introvae.baselines": ("WGANGP", "WGANGPStep"),
     "introvae.comparison.compare": ("compare",),
     "introvae.data": ("ArrayData", "DataOptions", "DensityData", "from_array", "load_data"),
     "introvae.errors": (
@@ -85,7 +90,7 @@ _HOMES = {
     "introvae.gaussian": ("DiagonalGaussian",),
     "introvae.model": ("IntrospectiveVAE",),
     "introvae.networks": ("list_networks", "register_network"),
-    "introvae.objectives": ("VAE", "ASIntroVAE", "IntroVAE", "Objective", "SoftIntroVAE", "Warmup"),
+    "introvae.objectives": ("AGE", "VAE", "ASIntroVAE", "IntroVAE", "Objective", "SoftIntroVAE", "Warmup"),
     "introvae.step": ("IntrospectiveStep", "Noise"),
     "introvae.training.config": ("FitConfig",),
     "introvae.training.fit": ("fit",),

@@ -72,32 +72,35 @@ class CapturedStep:
         *,
         warming: bool = False,
         gradients: bool = False,
+        condition: Tensor | None = None,
     ) -> Record:
         """As `IntrospectiveStep.__call__`; a step that reports gradients is rare and runs as it comes."""
         step = self.step
         if gradients:
-            return step(x, noise, values, warming=warming, gradients=True)
+            return step(x, noise, values, warming=warming, gradients=True, condition=condition)
         if noise is None:
             noise = Noise.draw(len(x), step.model.latent_dim, device=x.device, dtype=x.dtype)
         if values is None:
             values = {name: x.new_tensor(value) for name, value in step.objective.values().items()}
         inputs = {"x": x, **noise._asdict(), **{f"values.{name}": value for name, value in values.items()}}
-        key = (warming, repr(step.objective), x.shape, x.dtype)
+        if condition is not None:
+            inputs["condition"] = condition
+        key = (warming, repr(step.objective), x.shape, x.dtype, condition is None)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind({}) if len(self._kinds) < MAX_GRAPHS else _Kind({}, seen=-1)
         play = kind.play
         if play is None:
             if self._failed or kind.seen < 0:
-                return step(x, noise, values, warming=warming)
+                return step(x, noise, values, warming=warming, condition=condition)
             if kind.seen < EAGER_STEPS:
                 kind.seen += 1
                 with self._side():
-                    return step(x, noise, values, warming=warming)
+                    return step(x, noise, values, warming=warming, condition=condition)
             kind.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             play = self._recorded(kind, warming)
             if play is None:
-                return step(x, noise, values, warming=warming)
+                return step(x, noise, values, warming=warming, condition=condition)
         for name, tensor in inputs.items():
             if kind.inputs[name] is not tensor:
                 kind.inputs[name].copy_(tensor, non_blocking=True)
@@ -107,8 +110,11 @@ class CapturedStep:
     def _recorded(self, kind: _Kind, warming: bool) -> Callable[[], None] | None:
         values = {name.removeprefix("values."): t for name, t in kind.inputs.items() if name.startswith("values.")}
         noise = Noise(*(kind.inputs[name] for name in Noise._fields))
+        x, condition = kind.inputs["x"], kind.inputs.get("condition")
         try:
-            kind.play, kind.record = self._capture(lambda: self.step(kind.inputs["x"], noise, values, warming=warming))
+            kind.play, kind.record = self._capture(
+                lambda: self.step(x, noise, values, warming=warming, condition=condition)
+            )
         except RuntimeError as error:
             log.info("CUDA graphs cannot record this step (%s): it goes on without", first_line(error))
             self._failed = True

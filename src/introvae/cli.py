@@ -160,17 +160,27 @@ def _show(trainer: Trainer) -> None:
 def _evaluate(words: list[str]) -> None:
     from introvae.training.run import Run
 
-    example = "example:\n  introvae evaluate runs/digits --metrics psnr_db,ssim"
+    example = (
+        "example:\n  introvae evaluate runs/digits --metrics psnr_db,ssim\n"
+        "  introvae evaluate runs/faces --features inception,mine.pt2"
+    )
     parser = _parser("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--data", help="other data, all measured (or their own test part), prepared as the run's")
     parser.add_argument("--metrics", default="", help="names of the ones to report, joined by commas (default: all)")
+    parser.add_argument(
+        "--features",
+        default="",
+        help="further spaces to compare samples in, joined by commas: thumb, randconv, pixels, mnist, cifar10, "
+        "inception, or files of exported networks",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     own = parser.parse_args(words)
     _report(
         Run.open(own.run),
         data=own.data,
         metrics=[m.strip() for m in own.metrics.split(",") if m.strip()],
+        features=[f.strip() for f in own.features.split(",") if f.strip()],
         seed=own.seed,
     )
 
@@ -193,13 +203,15 @@ def _report(run: Run, **options: Any) -> None:
 def _sample(words: list[str]) -> None:
     import torch
 
+    from introvae.classes import samples_of
     from introvae.errors import checked_seed, positive
     from introvae.exchange import write_samples
     from introvae.training.run import Run
 
     example = (
         "example:\n  introvae sample runs/digits -n 64 -o samples.png\n  introvae sample runs/digits -n 64 -o folder\n"
-        "  introvae sample runs/wine -n 1000 -o samples.csv"
+        "  introvae sample runs/wine -n 1000 -o samples.csv\n"
+        "  introvae sample runs/pets -n 16 --label cat -o cats.png            (of a class-conditional model)"
     )
     parser = _parser("sample", "Draw new images, rows or points from a run's model.", example)
     parser.add_argument("run", help="the run folder")
@@ -208,18 +220,20 @@ def _sample(words: list[str]) -> None:
         "-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, FILE.csv, or a folder for single images"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
+    parser.add_argument("--label", help="class of all samples, its name or index (default: every class in turn)")
     own = parser.parse_args(words)
     positive(n=own.number)
     model = Run.open(own.run).model()
     generator = torch.Generator().manual_seed(checked_seed(own.seed))
-    parts = [model.sample(min(256, own.number - start), generator) for start in range(0, own.number, 256)]
-    names = [f"sample_{i:05d}.png" for i in range(own.number)]
-    print(write_samples(torch.cat(parts), Path(own.output), names, model=model))
+    asked = samples_of(model.classes, own.label, own.number)
+    drawn = [model.sample(count, generator, of) for count, of in asked.parts(256)]
+    print(write_samples(torch.cat(drawn), Path(own.output), asked.names, asked.columns, model))
 
 
 def _reconstruct(words: list[str]) -> None:
     import torch
 
+    from introvae.classes import named, parts_of
     from introvae.exchange import read_samples, write_samples
     from introvae.pictures import stack_columns
     from introvae.training.run import Run
@@ -237,10 +251,14 @@ def _reconstruct(words: list[str]) -> None:
         required=True,
         help="FILE.png (image and reconstruction side by side), FILE.npy, FILE.csv, a folder",
     )
+    parser.add_argument(
+        "--label", nargs="+", default=[], help="class of all samples, or of each, for a model of classes"
+    )
     own = parser.parse_args(words)
-    model = Run.open(own.run).model()
+    model = _with_latents(Run.open(own.run)).model()
     x, found = read_samples(model, own.images)
-    y = torch.cat([model.reconstruct(part) for part in x.split(256)])
+    conditions = parts_of(named(model.classes, own.label, len(x)), len(x), 256)
+    y = torch.cat([model.reconstruct(part, of) for part, of in zip(x.split(256), conditions, strict=True)])
     output = Path(own.output)
     if output.suffix == ".png":
         print(write_samples(stack_columns([x, y]), output, [], columns=2 * max(1, min(8, round(len(x) ** 0.5)))))
@@ -250,6 +268,7 @@ def _reconstruct(words: list[str]) -> None:
 
 
 def _interpolate(words: list[str]) -> None:
+    from introvae.classes import named
     from introvae.errors import positive
     from introvae.exchange import read_samples, write_samples
     from introvae.training.run import Run
@@ -265,13 +284,16 @@ def _interpolate(words: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=9, help="how many images, both ends included (default: 9)")
     parser.add_argument("--spherical", action="store_true", help="along the great circle instead of the straight line")
     parser.add_argument("-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder")
+    parser.add_argument("--label", nargs="+", default=[], help="class of both ends, or of each, for a model of classes")
     own = parser.parse_args(words)
     positive(steps=own.steps)
-    model = Run.open(own.run).model()
+    model = _with_latents(Run.open(own.run)).model()
     starts, ends = (read_samples(model, [name])[0] for name in (own.start, own.end))
     if len(starts) != len(ends):
         raise DataError(f"{own.start} has {len(starts)} samples and {own.end} {len(ends)}: give as many of each")
-    ways = model.interpolate(starts, ends, own.steps, own.spherical)
+    both = named(model.classes, own.label, 2)
+    of = (None, None) if both is None else both.tolist()
+    ways = model.interpolate(starts, ends, own.steps, own.spherical, *of)
     names = [f"way_{i:03d}_{j:03d}.png" for i in range(len(ways)) for j in range(own.steps)]
     print(write_samples(ways.flatten(0, 1), Path(own.output), names, columns=own.steps, model=model))
 
@@ -303,6 +325,7 @@ def _compare(words: list[str]) -> None:
     parser.add_argument("--workers", type=int, help="runs at a time (default: one for each GPU or core)")
     parser.add_argument("--hours", type=float, help="run only what fits into so many hours, the first ones first")
     parser.add_argument("--known", metavar="FILE", help="an earlier comparison.json: its runs are not made again")
+    parser.add_argument("--local", metavar="FOLDER", help="take a recipe's data sets from FOLDER/NAME where they are")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run and how long it takes")
     own, settings = parser.parse_known_args([underscored(word) for word in words])
     compare(
@@ -316,6 +339,7 @@ def _compare(words: list[str]) -> None:
         workers=own.workers,
         hours=own.hours,
         known=own.known,
+        local=own.local,
         dry_run=own.dry_run,
     )
     if not own.dry_run:

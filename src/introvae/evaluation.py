@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, TablePreparation, load_data, preparation_from
-from introvae.errors import ConfigError, DataError, RunError, checked_seed, unknown
+from introvae.errors import CheckpointError, ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
 from introvae.machine import hardware, versions
-from introvae.measures import METRICS, Heldout, look_at_heldout, measure
-from introvae.metrics import reconstruction
-from introvae.model import IntrospectiveVAE
+from introvae.measures import METRICS, Heldout, examine, look_at_heldout, measure_variants, metrics_in
+from introvae.metrics.features import FeatureSpace, feature_space
+from introvae.metrics.perceptual import lpips_distance
+from introvae.model import IntrospectiveVAE, check_state
 from introvae.pictures import save_picture
 from introvae.report import figures
 from introvae.report.page import render
+from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig
 from introvae.training.preview import preview
 from introvae.training.run import Run
@@ -31,7 +34,12 @@ WORST = 10
 
 
 def evaluate(
-    run: Run | str | Path, *, data: str | Path | Data | None = None, metrics: str | Sequence[str] = (), seed: int = 0
+    run: Run | str | Path,
+    *,
+    data: str | Path | Data | None = None,
+    metrics: str | Sequence[str] = (),
+    features: str | Sequence[str | Path | nn.Module | FeatureSpace] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a finished run's model; write `report.json`, `report.html` and pictures into its folder.
 
@@ -41,18 +49,24 @@ def evaluate(
         run: the run or its folder.
         data: other data than the run was trained on, by name or path; they are prepared as those were, and all of
             them are measured, or their own test part.
-        metrics: names of the ones to report; all that apply by default. The others of an earlier report stay in it.
+        metrics: names of the ones to report; all that apply by default, but `lpips`. The others of an earlier report
+            stay in it.
+        features: spaces to compare samples in besides the usual ones: names (`pixels`, `mnist`, `cifar10`,
+            `inception`, ...), files of exported networks, modules; see `metrics.features.feature_space`.
         seed: of all draws.
 
     Returns:
         What stands in report.json: `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol",
-        "floor"}}, "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left
-        out. "floor" is what a perfect sampler, or held-out real images in the samples' place, score.
+        "floor"}}, "variants": {"training mode" or "raw weights": {name: {"value", "saved", "gap", "n", "protocol"}}},
+        "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left out.
+        "floor" is what a perfect sampler, or held-out real images in the samples' place, score; "gap" is how far a
+        variant is from the saved model (averaged weights, evaluation mode), as a share of that one's value.
 
     Raises:
         RunError: no finished run there.
         DataError: data of another shape.
-        ConfigError: an unknown metric, or one that does not apply to the data.
+        ConfigError: an unknown metric or feature space, or one that does not apply to the data.
+        MissingExtraError: a metric or feature space of an extra that is not installed.
 
     Example:
         >>> evaluate("runs/digits")["metrics"]["psnr_db"]["value"]  # doctest: +SKIP
@@ -60,49 +74,78 @@ def evaluate(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    for name in metrics:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+    asked = [features] if isinstance(features, str | Path | nn.Module | FeatureSpace) else features
+    spaces = _spaces(metrics, asked)
     checked_seed(seed)
+    lpips = lpips_distance() if "lpips" in metrics else None
     config, model = run.config(), run.model()
-    loaded = _load(config, model, data)
-    heldout = look_at_heldout(model, loaded) if isinstance(loaded, ArrayData) else None
-    found = measure(model, loaded, seed, heldout)
+    loaded, encodes = _load(config, model, data), config.objective.encodes
+    heldout = None
+    if isinstance(loaded, ArrayData) and encodes != "nothing":
+        heldout = look_at_heldout(model, loaded, lpips=lpips)
+    found = examine(model, loaded, seed, heldout, spaces, encodes)
     for name in metrics:
-        if name not in found:
-            raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found)}")
+        if name not in found.metrics:
+            raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found.metrics)}")
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data"
     suffix = "" if _same(loaded.name, config.data) else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
-    before = json.loads(path.read_text(encoding="utf-8"))["metrics"] if metrics and path.is_file() else {}
-    rows, starts = run.log(), run.events("start")
+    before = json.loads(path.read_text(encoding="utf-8")) if metrics and path.is_file() else {}
+    rows = run.log()
     report: dict[str, Any] = {
+        **_facts(run, config, loaded, rows),
+        "page": path.with_suffix(".html").name,
+        "metrics": {**before.get("metrics", {}), **_only(metrics, found.metrics)},
+    }
+    if found.yardstick is not None:
+        variants = measure_variants(model, found.yardstick, _raw_weights(run, model), config.batch_size, seed)
+        old = before.get("variants", {})
+        report["variants"] = {name: {**old.get(name, {}), **_only(metrics, v)} for name, v in variants.items()}
+    if found.class_shares:
+        report["class_shares"] = found.class_shares
+    overview, log = f"images/evaluation{suffix}.png", rows if not suffix else []
+    try:
+        report |= _draw(run, model, loaded, heldout, overview, log, encodes)
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        settings = run.config_path.read_text(encoding="utf-8")
+        environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
+        nothing = {"worst": [], "intake": None, "guard": [], "variants": {}, "class_shares": {}}
+        page = render({**nothing, **report}, run.folder, settings, environment)
+        write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
+    except OSError as error:
+        raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
+    return report
+
+
+def _spaces(metrics: Sequence[str], asked: Sequence[str | Path | nn.Module | FeatureSpace]) -> list[FeatureSpace]:
+    """The feature spaces asked for; raises `ConfigError` for a metric that is known in none."""
+    spaces = [feature_space(source) for source in asked]
+    known = list(dict.fromkeys([*METRICS, *(name for space in spaces for name in metrics_in(space.name))]))
+    for name in metrics:
+        if name not in known:
+            raise unknown("metric", name, known)
+    return spaces
+
+
+def _facts(run: Run, config: FitConfig, data: Data, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the report tells of the run and the data."""
+    starts = run.events("start")
+    facts: dict[str, Any] = {
         "run": str(run.folder),
-        "data": loaded.name,
+        "data": data.name,
         "objective": type(config.objective).__name__,
         "seed": config.seed,
         "steps": config.steps,
         "training_seconds": rows[-1]["seconds"] if rows else None,
         "machine": {name: fact for name, fact in starts[-1].items() if name not in ("event", "step")} if starts else {},
-        "page": path.with_suffix(".html").name,
-        "metrics": {**before, **{name: found[name] for name in metrics or found}},
     }
     if guard := run.events("guard"):
-        report["guard"] = [{name: fact for name, fact in event.items() if name != "event"} for event in guard]
-    if isinstance(loaded, ArrayData):
-        report |= {"train": len(loaded.train), "heldout": len(loaded.heldout)}
-    if isinstance(loaded, ArrayData) and loaded.intake is not None:
-        report["intake"] = loaded.intake.to_dict()
-    try:
-        report |= _draw(run, model, loaded, heldout, f"images/evaluation{suffix}.png", rows if not suffix else [])
-        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-        settings = run.config_path.read_text(encoding="utf-8")
-        environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
-        page = render({"worst": [], "intake": None, "guard": [], **report}, run.folder, settings, environment)
-        write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
-    except OSError as error:
-        raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
-    return report
+        facts["guard"] = [{name: fact for name, fact in event.items() if name != "event"} for event in guard]
+    if isinstance(data, ArrayData):
+        facts |= {"train": len(data.train), "heldout": len(data.heldout)}
+        if data.intake is not None:
+            facts["intake"] = data.intake.to_dict()
+    return facts
 
 
 def _same(one: str, other: str) -> bool:
@@ -156,47 +199,91 @@ def _all_unseen(config: FitConfig, data: ArrayData) -> ArrayData:
 
 @torch.no_grad()
 def _draw(
-    run: Run, model: IntrospectiveVAE, data: Data, heldout: Heldout | None, overview: str, log: list[dict[str, Any]]
+    run: Run,
+    model: IntrospectiveVAE,
+    data: Data,
+    heldout: Heldout | None,
+    overview: str,
+    log: list[dict[str, Any]],
+    encodes: str = "posterior",
 ) -> dict[str, Any]:
     """The report's pictures, drawn into the run's folder; their places, and what else only they were computed for."""
     folder = run.folder
     place = Path(overview)
     drawn: dict[str, str] = {}
     more: dict[str, Any] = {}
+    images = len(data.shape) == 3
 
     def draw(name: str, picture: Any) -> None:
         relative = place.with_stem(f"{place.stem}-{name}")
         save_picture(picture, folder / relative)
         drawn[name] = relative.as_posix()
 
-    if preview(model, data, folder / place) is not None:
+    if preview(model, data, folder / place, encodes) is not None:
         drawn["overview"] = overview
+    if images:
+        draw("samples", figures.samples(model))
     if isinstance(data, ArrayData) and heldout is not None:
-        x, y, images = heldout.x, heldout.reconstruction, len(data.shape) == 3
-        errors = reconstruction.mse(x, y)
-        order = errors.argsort().tolist()
-        names = data.heldout.names or [f"held-out {row}" for row in range(len(x))]
-        more["worst"] = [{"name": names[row], "mse": errors[row].item()} for row in reversed(order[-WORST:])]
-        if images:
-            draw("samples", figures.samples(model))
-            draw("ranked", figures.ranked(x, y, order))
-            if len(x) >= 2:
-                ends = x[: 2 * min(figures.PAIRS, len(x) // 2)]
-                draw("interpolation", figures.interpolations(model, ends.to(model.device)).convert("RGB"))
-            draw("errors", figures.error_histogram(reconstruction.psnr_db(x, y), "PSNR of held-out images, dB"))
-        else:
-            draw(
-                "columns", figures.columns_figure(data, y, model.sample(len(x), torch.Generator().manual_seed(0)).cpu())
-            )
-            draw("errors", figures.error_histogram(errors, "Squared error of held-out rows, mean over columns"))
-        kl = heldout.posterior.kl_per_dimension().mean(dim=0)
-        more["kl_nats_per_dimension"] = [round(value, 6) for value in kl.tolist()]
-        draw("latent", figures.latent_use(kl))
+        more["worst"] = _draw_reconstructions(model, data, heldout, draw)
+        if encodes == "posterior":
+            kl = heldout.posterior.kl_per_dimension().mean(dim=0)
+            more["kl_nats_per_dimension"] = [round(value, 6) for value in kl.tolist()]
+            draw("latent", figures.latent_use(kl))
     if log:
-        draw("curves", figures.curves(log, images=len(data.shape) == 3))
+        draw("curves", figures.curves(log, images=images))
     if "overview" in drawn:
         more["picture"] = overview
     return {"pictures": drawn, **more}
+
+
+def _draw_reconstructions(
+    model: IntrospectiveVAE, data: ArrayData, heldout: Heldout, draw: Callable[[str, Any], None]
+) -> list[dict[str, Any]]:
+    """What the encoder and the decoder make of held-out samples; the worst of them by name."""
+    part, errors, n = heldout.part, heldout.mse, len(heldout.part)
+    order = errors.argsort().tolist()
+    if len(data.shape) == 3:
+        rows = _best_middle_worst(order)
+        shown = part[torch.tensor(rows)].tensor()
+        draw("ranked", figures.ranked(shown, heldout.reconstruct(model, rows), range(len(rows))))
+        if n >= 2:
+            ends = part[slice(2 * min(figures.PAIRS, n // 2))].tensor(model.device)
+            draw("interpolation", figures.interpolations(model, ends).convert("RGB"))
+        draw("errors", figures.error_histogram(heldout.errors["psnr_db"], "PSNR of held-out images, dB"))
+    else:
+        samples = model.sample(n, torch.Generator().manual_seed(0)).cpu()
+        draw("columns", figures.columns_figure(data, heldout.reconstruct(model), samples))
+        draw("errors", figures.error_histogram(errors, "Squared error of held-out rows, mean over columns"))
+    names = part.names or [f"held-out {row}" for row in range(n)]
+    return [{"name": names[row], "mse": errors[row].item()} for row in reversed(order[-WORST:])]
+
+
+def _best_middle_worst(order: Sequence[int]) -> list[int]:
+    """The rows that the picture of ranked reconstructions shows, as many of each kind as it has columns."""
+    count = min(figures.COLUMNS, max(1, len(order) // 3))
+    middle = (len(order) - count) // 2
+    return [*order[:count], *order[middle : middle + count], *order[-count:]]
+
+
+def _raw_weights(run: Run, model: IntrospectiveVAE) -> dict[str, torch.Tensor] | None:
+    """The weights that the saved model is the average of, where the run's newest checkpoint is there and whole."""
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        return None
+    try:
+        state = load_checkpoint(found[-1], model.device)
+        averaged = {name.removeprefix("module."): x for name, x in state["average"].items() if name != "n_averaged"}
+        raw, saved = state["players"]["model"], model.state_dict()
+        check_state(averaged, saved, str(found[-1]))
+        check_state(raw, saved, str(found[-1]))
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None  # without it, everything else can be measured
+    return raw if all(torch.equal(averaged[name], x) for name, x in saved.items()) else None
+
+
+def _only(names: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of those names; all where there are none."""
+    return {name: value for name, value in values.items() if not names or name in names}
 
 
 def table(report: dict[str, Any], names: Sequence[str] = ()) -> str:

@@ -37,6 +37,7 @@ def compare(
     workers: int | None = None,
     hours: float | None = None,
     known: str | Path | None = None,
+    local: str | Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train objectives on data with several seeds, or take finished runs, and lay the results side by side.
@@ -55,6 +56,7 @@ def compare(
         workers: runs at a time; by default one for each GPU or processor core.
         hours: start only the first runs that fit into so many; the others' estimated cost is told.
         known: an earlier comparison.json, whose runs with equal settings are taken over.
+        local: a folder that holds a recipe's data sets under their short names, to be taken from there.
         dry_run: only say what would be run, and for how long.
 
     Returns:
@@ -70,11 +72,13 @@ def compare(
     """
     folder = Path(out)
     if runs:
-        if objectives or recipe or settings or data or seeds or known or hours or dry_run:
+        if objectives or recipe or settings or data or seeds or known or hours or local or dry_run:
             raise ConfigError("finished runs are compared as they are: give either RUNS (and --out) or what to train")
         return _write(folder, *_of_runs([Path(run) for run in runs]))
     if recipe is not None and (objectives or settings or data is not None or seeds is not None):
         raise ConfigError("a comparison's file says what is run: give either --recipe or objectives, data and settings")
+    if local is not None and recipe is None:
+        raise ConfigError("--local is where a recipe's data sets are: name your own by --data")
     count = 3 if seeds is None else seeds
     whole(seeds=count)
     positive(seeds=count)
@@ -84,7 +88,7 @@ def compare(
     if hours is not None:
         positive(hours=hours)
     plan = (
-        from_file(recipe)
+        from_file(recipe, local)
         if recipe is not None
         else from_words(objectives, ["digits"] if data is None else data, count, settings)
     )
@@ -224,9 +228,10 @@ def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
             order = [cell.label for cell in section.cells if cell.label in done and cell.data == data]
             models = {label: Run(done[label][0].folder).model() for label in order}
             logs = {label: [Run(job.folder).log() for job in done[label]] for label in order}
+            critics = [label for label in order if done[label][0].config.objective.encodes == "nothing"]
             pictures = {label: Run(done[label][0].folder).pictures() for label in order}
             made = {
-                "samples": figures.samples(models, data),
+                "samples": figures.samples(models, data, critics),
                 "stability": figures.stability(logs),
                 "gradients": figures.gradients(logs),
                 "moments": None if data.startswith("density:") else figures.moments(pictures),

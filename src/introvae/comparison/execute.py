@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import yaml
 
-from introvae.comparison.plan import Cell, Comparison
+from introvae.comparison.plan import Cell, Comparison, same_settings
 from introvae.data import Data
 from introvae.errors import ConfigError, InterruptedRunError
 from introvae.files import write_atomically
@@ -65,23 +65,22 @@ class Job:
     def check(self) -> None:
         """Raise `ConfigError` where the folder holds a run that was begun with other settings."""
         try:
-            asked = (self.folder / ASKED).read_text(encoding="utf-8")
-        except OSError:
+            asked = yaml.safe_load((self.folder / ASKED).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
             asked = None
-        if asked != self._asked() and self.status != "new":
+        if self.status != "new" and not (isinstance(asked, dict) and same_settings(asked, self._asked())):
             raise ConfigError(f"{self.folder} holds a run with other settings: choose another --out, or remove it")
 
-    def _asked(self) -> str:
-        """The settings that decide the result, as text."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in MACHINES}
-        return yaml.safe_dump(settings, sort_keys=False)
+    def _asked(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        return {name: value for name, value in self.config.to_dict().items() if name not in MACHINES}
 
     def prepare(self) -> None:
         """Make the folder ready: what a run left that was ended before its first checkpoint is of no use."""
         if self.status == "new":
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            write_atomically(self.folder / ASKED, self._asked().encode())
+            write_atomically(self.folder / ASKED, yaml.safe_dump(self._asked(), sort_keys=False).encode())
         (self.folder / CRASH).unlink(missing_ok=True)
 
     def command(self) -> list[str]:

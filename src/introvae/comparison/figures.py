@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +31,19 @@ KLS = (("kl_real", "#1f4e79", "real"), ("kl_reconstruction", "#2a9d8f", "rec."),
 
 
 @torch.no_grad()
-def samples(models: Mapping[str, IntrospectiveVAE], data: str) -> Figure:
+def samples(models: Mapping[str, IntrospectiveVAE], data: str, critics: Collection[str] = ()) -> Figure:
     """Draws of each model by label, in the plane with its density estimate below; nothing is selected.
 
     Arguments:
         models: by label; the first seed's of each row.
         data: as `--data` takes it.
+        critics: labels of models whose encoder infers no latents and estimates no density.
     """
     plane = data.startswith("density:")
     figure = _figure(len(models) + plane, 2 if plane else 1, 2.0, 2.05)
     axes = figure.axes
     if plane:
-        return _plane_samples(figure, models, data)
+        return _plane_samples(figure, models, data, critics)
     for axis, (label, model) in zip(axes, models.items(), strict=True):
         drawn = model.sample(IMAGES, torch.Generator().manual_seed(0))
         if drawn.dim() == 4:
@@ -55,7 +56,9 @@ def samples(models: Mapping[str, IntrospectiveVAE], data: str) -> Figure:
     return figure
 
 
-def _plane_samples(figure: Figure, models: Mapping[str, IntrospectiveVAE], data: str) -> Figure:
+def _plane_samples(
+    figure: Figure, models: Mapping[str, IntrospectiveVAE], data: str, critics: Collection[str]
+) -> Figure:
     axes, width = figure.axes, len(models) + 1
     density = get_density(data.removeprefix("density:"))
     real = density.sample(POINTS, torch.Generator().manual_seed(0))
@@ -67,7 +70,10 @@ def _plane_samples(figure: Figure, models: Mapping[str, IntrospectiveVAE], data:
         _map(axes[width], density.log_prob(grid.double()).exp().view(GRID, GRID), density.extent)
     for column, (label, model) in enumerate(models.items(), start=1):
         _scatter(axes[column], model.sample(POINTS, torch.Generator().manual_seed(0)).cpu(), density.extent, label)
-        _map(axes[width + column], density_estimate(negative_elbo(model, grid).view(GRID, GRID)), density.extent)
+        if label in critics:
+            axes[width + column].set_axis_off()
+        else:
+            _map(axes[width + column], density_estimate(negative_elbo(model, grid).view(GRID, GRID)), density.extent)
     return figure
 
 
@@ -89,7 +95,9 @@ def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
                     above.plot(
                         *zip(*found, strict=True), color=colour, lw=0.7, alpha=0.7, label=title if not index else None
                     )
-            below.plot([row["step"] for row in rows], [row["rec"] for row in rows], color=COLOURS[0], lw=0.7, alpha=0.7)
+            errors = [(row["step"], row["rec"]) for row in rows if "rec" in row]  # a critic reconstructs nothing
+            if errors:
+                below.plot(*zip(*errors, strict=True), color=COLOURS[0], lw=0.7, alpha=0.7)
             warm = [row["step"] for row in rows if row["phase"] == "warmup"]
             for axis in (above, below):
                 if warm and not index:
@@ -97,13 +105,15 @@ def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
         above.set_title(label, fontsize=8)
         below.set_xlabel("step", fontsize=7)
     kls = [row[name] for runs in logs.values() for rows in runs for row in rows for name, _, _ in KLS if name in row]
-    recs = [row["rec"] for runs in logs.values() for rows in runs for row in rows[1:]]
-    if kls and recs:
+    recs = [row["rec"] for runs in logs.values() for rows in runs for row in rows[1:] if "rec" in row]
+    if kls:
         axes[0].set_ylim(0, 1.3 * float(np.quantile(kls, 0.99)))
+    if recs:
         axes[len(logs)].set_ylim(0, 1.3 * float(np.quantile(recs, 0.99)))
     axes[0].set_ylabel("KL, nats", fontsize=7)
     axes[len(logs)].set_ylabel("squared error", fontsize=7)
-    axes[0].legend(fontsize=6, frameon=False)
+    if kls:
+        next(axis for axis in axes if axis.lines).legend(fontsize=6, frameon=False)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from introvae.errors import ConfigError, checked_seed, unknown
+from introvae.objectives import get_objective
 from introvae.training.config import RECIPES, FitConfig, config_from_words, underscored
 
 COMPARISONS = RECIPES / "compare"
@@ -26,10 +28,11 @@ class Cell:
 
     Arguments:
         section: key of its section.
-        data: as `--data` takes it.
+        data: its name: what `--data` takes, or a short one for it.
         label: of its row.
-        words: of `introvae fit`, without seed and folder.
+        words: of `introvae fit`, beginning with `--data`, without seed and folder.
         seeds: of its runs.
+        place: where this machine has the data, if not where the words say.
     """
 
     section: str
@@ -37,6 +40,7 @@ class Cell:
     label: str
     words: tuple[str, ...]
     seeds: tuple[int, ...]
+    place: str | None = None
 
     def folder(self, out: Path, seed: int) -> Path:
         """The run folder of a seed."""
@@ -44,7 +48,8 @@ class Cell:
 
     def command(self, seed: int) -> list[str]:
         """The words with the seed."""
-        return [*self.words, "--seed", str(seed)]
+        words = self.words if self.place is None else ("--data", self.place, *self.words[2:])
+        return [*words, "--seed", str(seed)]
 
     def config(self, seed: int) -> FitConfig:
         """The settings of a seed's run.
@@ -113,11 +118,15 @@ def from_words(objectives: Sequence[str], data: Sequence[str], seeds: int, setti
     return Comparison("Comparison", (_section("comparison", {"data": list(data), "rows": rows, "seeds": seeds}),))
 
 
-def from_file(name: str) -> Comparison:
+def from_file(name: str, local: str | Path | None = None) -> Comparison:
     """A comparison that comes with the package, by name, or from a YAML file.
 
+    Arguments:
+        name: of the comparison, or the path of its file.
+        local: a folder with data sets by their short names, taken instead of what the file says where they are there.
+
     Raises:
-        ConfigError: there is no such file, or something in it is wrong.
+        ConfigError: there is no such file or folder, or something in it is wrong.
 
     Example:
         >>> from_file("table-2d").sections[0].key
@@ -133,8 +142,10 @@ def from_file(name: str) -> Comparison:
     sections = content.get("sections") if isinstance(content, dict) else None
     if not isinstance(sections, dict) or not sections:
         raise ConfigError(f"{path} has no sections: give sections: NAME: data, rows, seeds")
+    if local is not None and not Path(local).is_dir():
+        raise ConfigError(f"{local} is no folder: give the one that holds the data sets' folders")
     try:
-        found = tuple(_section(str(key), block) for key, block in sections.items())
+        found = tuple(_section(str(key), block, local) for key, block in sections.items())
         _refuse_shared(cell for section in found for cell in section.cells)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -146,7 +157,7 @@ def list_comparisons() -> list[str]:
     return sorted(path.stem for path in COMPARISONS.glob("*.yaml"))
 
 
-def _section(key: str, block: Any) -> Section:
+def _section(key: str, block: Any, local: str | Path | None = None) -> Section:
     if not isinstance(block, Mapping) or not {"data", "rows"} <= block.keys() or not block.keys() <= KEYS:
         raise ConfigError(f"section {key} must have data and rows, and may have {', '.join(sorted(KEYS))}: take these")
     seeds = block.get("seeds", 1)
@@ -156,20 +167,24 @@ def _section(key: str, block: Any) -> Section:
             f"section {key}: seeds is {block.get('seeds')}: give their number, or a list of different ones"
         )
     data = [block["data"]] if isinstance(block["data"], str) else block["data"]
-    if not isinstance(data, list) or not data or not all(isinstance(name, str) for name in data):
-        raise ConfigError(f"section {key}: data is {block['data']}: give a name, or a list of names")
+    pairs = [(name, name) for name in data] if isinstance(data, list) else []
+    pairs = list(data.items()) if isinstance(data, Mapping) else pairs
+    if not pairs or not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise ConfigError(f"section {key}: data is {block['data']}: give a name, a list of names, or SHORT: NAME pairs")
     rows = block["rows"]
     if not isinstance(rows, Mapping) or not rows or not all(isinstance(words, str) for words in rows.values()):
         raise ConfigError(f"section {key}: rows must be LABEL: WORDS OF FIT, such as VAE: --objective VAE: give these")
     cells = []
-    for name in data:
+    for name, source in pairs:
+        here = None if local is None or name == source else Path(local) / name
+        place = str(here) if here is not None and here.exists() else None
         for label, words in rows.items():
             try:
                 split = shlex.split(words.replace("{data}", name.removeprefix("density:")))
                 _refuse(split, ("--data",), f"row {label!r}")
                 for seed in seeds:
                     checked_seed(seed)
-                cells.append(Cell(key, name, str(label), ("--data", name, *split), tuple(seeds)))
+                cells.append(Cell(key, name, str(label), ("--data", source, *split), tuple(seeds), place))
                 cells[-1].config(seeds[0])
             except ConfigError as error:
                 raise ConfigError(f"section {key}: {error}") from error
@@ -198,6 +213,31 @@ def _refuse_shared(cells: Iterable[Cell]) -> None:
                 f"{seen[folder].section} would share a folder: give names that differ in their letters"
             )
         seen[folder] = cell
+
+
+def same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run's settings, as plain values, are these; what the version that made it did not know counts as its
+    default.
+
+    Example:
+        >>> now = FitConfig(steps=5).to_dict()
+        >>> before = {name: value for name, value in now.items() if name != "ema"}
+        >>> same_settings(before, now), same_settings(before, {**now, "ema": 0.5})
+        (True, False)
+    """
+    usual = FitConfig().to_dict()
+    kind = get_objective(now["objective"]["class_path"])
+    usual["objective"] = {"init_args": {f.name: f.default for f in dataclasses.fields(kind)}}  # pyright: ignore
+    return _same(before, now, usual)
+
+
+def _same(before: Any, now: Any, usual: Any) -> bool:
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return before == now
+    usual = usual if isinstance(usual, Mapping) else {}
+    return before.keys() <= now.keys() and all(
+        _same(before.get(name, usual.get(name, _same)), value, usual.get(name)) for name, value in now.items()
+    )
 
 
 def slug(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from introvae.comparison.execute import Job, reason_of
-from introvae.comparison.plan import Cell, Comparison
+from introvae.comparison.plan import Cell, Comparison, same_settings
 from introvae.data import get_density
 from introvae.errors import ConfigError
 from introvae.machine import hardware, versions
@@ -57,6 +57,7 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
     rows = run.log()
     if rows:
         names = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg", "margin")
+        names += ("wasserstein", "gradient_penalty", "divergence_real", "divergence_sample")
         found["last"] = {name: rows[-1][name] for name in names if name in rows[-1]}
     if guard:
         kept = ("step", "cause", "change", "attempt")
@@ -67,9 +68,9 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
     return found
 
 
-def settings_of(config: FitConfig) -> dict[str, Any]:
-    """The settings that decide a run's result, without the seed and how it was computed."""
-    settings = config.to_dict()
+def settings_of(config: FitConfig, data: str) -> dict[str, Any]:
+    """The settings that decide a run's result, without the seed and how it was computed; with this name of the data."""
+    settings = {**config.to_dict(), "data": data}
     return {name: value for name, value in settings.items() if name not in (*MACHINES, "seed")}
 
 
@@ -123,7 +124,7 @@ def _known_runs(known: Mapping[str, Any] | None) -> dict[tuple[str, int], tuple[
 def known_result(job: Job, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The earlier result of a job with the same settings, or None."""
     found = _known_runs(known).get((f"{job.cell.section}|{job.cell.data}|{job.cell.label}", job.seed))
-    if found is None or found[0]["settings"] != settings_of(job.config):
+    if found is None or not same_settings(found[0]["settings"], settings_of(job.config, job.cell.data)):
         return None
     return found[1]
 
@@ -131,7 +132,7 @@ def known_result(job: Job, known: Mapping[str, Any] | None) -> dict[str, Any] | 
 def _cell(
     cell: Cell, its: Sequence[Job], costs: Mapping[Job, float], known: Mapping[tuple[str, int], Any]
 ) -> dict[str, Any]:
-    settings = settings_of(its[0].config)
+    settings = settings_of(its[0].config, cell.data)
     runs = []
     for job in its:
         earlier = known.get((f"{cell.section}|{cell.data}|{cell.label}", job.seed))
@@ -139,7 +140,7 @@ def _cell(
             runs.append(run_result(Run(job.folder), job.config, job.seed))
         elif job.status == "failed":
             runs.append({"seed": job.seed, "status": "failed", "reason": reason_of(job.folder)})
-        elif earlier is not None and earlier[0]["settings"] == settings:
+        elif earlier is not None and same_settings(earlier[0]["settings"], settings):
             runs.append(earlier[1])
         else:
             crash = {"crashed": reason} if (reason := reason_of(job.folder)) else {}
@@ -278,7 +279,7 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 def labels_of(configs: Sequence[FitConfig]) -> list[str]:
     """A label for each run: its objective, and the settings in which it differs from others of that objective."""
-    flats = [flat(settings_of(config)) for config in configs]
+    flats = [flat(settings_of(config, config.data)) for config in configs]
     labels = []
     for config, mine in zip(configs, flats, strict=True):
         name = type(config.objective).__name__

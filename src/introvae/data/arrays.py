@@ -36,6 +36,10 @@ class Part:
         indices = range(len(self.names))[rows] if isinstance(rows, slice) else rows.tolist()
         return Part(self.x[rows], labels, [self.names[index] for index in indices])
 
+    def some(self, n: int, generator: torch.Generator | None = None) -> Part:
+        """n random rows, or all."""
+        return self[torch.randperm(len(self), generator=generator)[:n]]
+
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """All of it as the model takes it: float32, images in [0, 1]."""
         return to_float(self.x.to(device))
@@ -128,21 +132,35 @@ class ArrayData:
             )
         return len(self.train) // batch_size
 
-    def batches(self, batch_size: int, seed: int) -> ArrayBatches:
+    def batches(self, batch_size: int, seed: int) -> Batches:
         """An endless stream of shuffled batches."""
         self.steps_per_epoch(batch_size)
-        return ArrayBatches(self.train.x, batch_size, seed)
+        return ArrayBatches(self.train.x, batch_size, seed, self.train.labels)
 
     def fingerprint(self) -> list[int]:
         """Of the training part."""
         return fingerprint(self.train.x)
 
 
+class Batches(Protocol):
+    """An endless stream of batches."""
+
+    batch_size: int
+
+    def next(self, device: torch.device | str) -> Tensor: ...
+
+    def stored(self, share: slice = ...) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class ArrayBatches:
     """Endless shuffled full batches; every epoch's order depends on nothing but the seed and its number."""
 
-    def __init__(self, x: Tensor, batch_size: int, seed: int) -> None:
-        self.x, self.batch_size, self.seed = x, batch_size, seed
+    def __init__(self, x: Tensor, batch_size: int, seed: int, labels: Tensor | None = None) -> None:
+        self.x, self.batch_size, self.seed, self.labels = x, batch_size, seed, labels
         self._fingerprint = fingerprint(x)
         self._start(epoch=0)
 
@@ -152,11 +170,19 @@ class ArrayBatches:
 
     def stored(self, share: slice = slice(None)) -> Tensor:
         """The next batch, or some rows of it, as it is kept: on the CPU, images as uint8."""
+        return self.x[self._next()[share]]
+
+    def labelled(self, share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The same with the class indices `[N]`, -1 where unknown."""
+        rows = self._next()[share]
+        return self.x[rows], torch.full((len(rows),), -1) if self.labels is None else self.labels[rows]
+
+    def _next(self) -> Tensor:
         if self.position + self.batch_size > len(self.x):
             self._start(self.epoch + 1)
         rows = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.x[rows[share]]
+        return rows
 
     def _start(self, epoch: int, position: int = 0) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from introvae.errors import DataError
 from introvae.files import write_atomically
 
 FORMAT = 2
@@ -23,7 +25,12 @@ FORMAT = 2
 LEFT_SECONDS = 24 * 3600
 """An unfinished entry that is older has been left."""
 ROOM = 1.2
-"""A disk must have this many times an entry's size free."""
+"""A disk, or the memory in its place, must have this many times an entry's size free."""
+SMALL = 2**30
+"""Images that take no more bytes when decoded are never streamed unasked."""
+DISK_SHARE, MEMORY_SHARE = 0.25, 0.5
+"""More than this of the disk's free space, or of the memory (beyond it, reading at random from a file crawls), is not
+taken unasked."""
 
 log = logging.getLogger("introvae")
 
@@ -47,6 +54,23 @@ def clear_cache() -> int:
     for name in ("entries", "sources"):
         shutil.rmtree(cache_folder() / name, ignore_errors=True)
     return before - cache_bytes()
+
+
+def affordable_bytes() -> int:
+    """What decoded images may take before they are rather streamed."""
+    shares = [MEMORY_SHARE * psutil.virtual_memory().total]
+    folder = cache_folder()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with contextlib.suppress(OSError):
+        shares.append(DISK_SHARE * shutil.disk_usage(folder).free)
+    return max(SMALL, int(min(shares)))
+
+
+def cost_of(shape: tuple[int, ...]) -> str:
+    """What decoded images (N, C, H, W) take, in words."""
+    megabytes = int(np.prod(shape, dtype=np.int64)) / 1e6
+    return f"{shape[0]:,} images of {' x '.join(map(str, shape[1:]))}: {megabytes:,.0f} MB"
 
 
 def key_of(digest: str, settings: dict[str, Any]) -> str:
@@ -117,21 +141,30 @@ class Writer:
     Arguments:
         key: name of the entry, or None to stay in memory.
         shape: (N, C, H, W), N at most.
+
+    Raises:
+        DataError: neither the disk nor the memory has room for them.
     """
 
     def __init__(self, key: str | None, shape: tuple[int, ...]) -> None:
         self.key, self.folder, self.count = key, None, 0
-        size = int(np.prod(shape))
+        size = int(np.prod(shape, dtype=np.int64))
         if key is not None:
             self.folder = self._make_room(size, shape)
         if self.folder is None:
+            free = psutil.virtual_memory().available
+            if free < ROOM * size:
+                raise DataError(
+                    f"there is no room for {cost_of(shape)} decoded, and {free / 1e6:,.0f} MB of memory are free: "
+                    "take --stream always, a smaller --size, or free the disk of the cache"
+                )
             self.x = np.empty(shape, np.uint8)
         else:
             self.x = np.memmap(self.folder / "pixels.bin", np.uint8, mode="r+", shape=shape)
 
     def _make_room(self, size: int, shape: tuple[int, ...]) -> Path | None:
         entries = cache_folder() / "entries"
-        cost = f"{shape[0]:,} images of {' x '.join(map(str, shape[1:]))}: {size / 1e6:,.0f} MB"
+        cost = cost_of(shape)
         try:
             entries.mkdir(parents=True, exist_ok=True)
             _sweep(entries)

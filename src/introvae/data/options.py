@@ -10,6 +10,7 @@ from typing import Any
 from introvae.errors import ConfigError, checked_seed, one_of, positive, whole
 
 FITS = ("pad", "crop", "stretch")
+STREAMS = ("auto", "always", "never")
 SLICES = re.compile(r"(\d+%?)?:(\d+%?)?")
 
 
@@ -38,6 +39,10 @@ class DataOptions:
         axis: of a scan (NIfTI), across which it is sliced: 0 sagittal, 1 coronal, 2 axial.
         slices: range of a scan's slices, as START:END in numbers or percents ("30%:70%").
         cache: keep decoded images on disk, so that the next start is quick.
+        stream: always (decode images anew whenever they are needed, for sets of any size), never (decode them all at
+            the start) or auto (stream where decoded they would take more than a quarter of the disk's free space or
+            half of the memory, and more than 1 GiB).
+        stream_buffer: images among which a stream of Parquet files is shuffled; row groups come in random order.
 
     Raises:
         ConfigError: a value is out of range.
@@ -61,6 +66,8 @@ class DataOptions:
     axis: int = 2
     slices: str = ":"
     cache: bool = True
+    stream: str = "auto"
+    stream_buffer: int = 16_384
 
     def __post_init__(self) -> None:
         for name in ("columns", "drop"):
@@ -73,6 +80,9 @@ class DataOptions:
                 raise ConfigError(f"size is {self.size}: give 4 to 4096 pixels")
         one_of(FITS, fit=self.fit)
         one_of(("all", "file"), window_of=self.window_of)
+        one_of(STREAMS, stream=self.stream)
+        positive(stream_buffer=self.stream_buffer)
+        whole(stream_buffer=self.stream_buffer)
         if self.channels not in (None, 1, 3):
             raise ConfigError(f"channels is {self.channels}: give 1 (grey) or 3 (colour)")
         if len(self.window) != 2 or not 0 <= self.window[0] < self.window[1] <= 100:
@@ -88,7 +98,11 @@ class DataOptions:
     def of_data(self) -> dict[str, Any]:
         """The options that decide how a file is read, as plain values: what a cache must be keyed by."""
         options = asdict(self) if type(self) is DataOptions else {n: getattr(self, n) for n in DATA_OPTIONS}
-        return {name: options[name] for name in options if name not in ("heldout", "heldout_seed", "cache")}
+        return {name: options[name] for name in options if name not in WITHOUT_EFFECT}
+
+
+WITHOUT_EFFECT = ("heldout", "heldout_seed", "cache", "stream", "stream_buffer")
+"""Options that change no pixel."""
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:

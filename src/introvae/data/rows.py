@@ -33,13 +33,14 @@ class ParquetSource(Files):
         for file in self.files:
             words = re.split(r"[^a-z]+", file.name.lower()) if path.is_dir() else []
             split = next((split for split in HELDOUT_SPLITS if split in words), "train")
-            self.splits.setdefault(split, []).append(glob.escape(str(file.path)))  # a name is no pattern
+            self.splits.setdefault(split, []).append(str(file.path))
         self.options = options
 
     @cached_property
     def rows(self) -> RowSource:
         """Opened when needed: images in the cache are not."""
-        return RowSource(self.name, "parquet", self.options, data_files=self.splits)
+        files = {split: [glob.escape(file) for file in files] for split, files in self.splits.items()}  # no patterns
+        return RowSource(self.name, "parquet", self.options, data_files=files)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,20 +108,27 @@ class RowSource:
         order = ("train", *HELDOUT_SPLITS)
         for split in sorted(self.parts, key=lambda split: order.index(names[split])):
             part = self.parts[split].cast_column(self.column, datasets.Image(decode=False))
-            kept = [c for c in (self.column, self.label, self.group) if c is not None]
+            kept = [c for c in self.columns if c is not None]
             row = 0
             with _quiet(), _reading(self.name):
                 for batch in part.select_columns(list(dict.fromkeys(kept))).with_format("arrow").iter(batch_size=256):
-                    columns = [
-                        batch[c].to_pylist() if c else [None] * len(batch)
-                        for c in (self.column, self.label, self.group)
-                    ]
+                    columns = [batch[c].to_pylist() if c else [None] * len(batch) for c in self.columns]
                     for image, label, group in zip(*columns, strict=True):
-                        path = (image or {}).get("path")
-                        name = f"row {row}" + (f" ({path})" if path else "")
-                        name = f"{split} {name}" if len(self.parts) > 1 else name
-                        yield Item(name, self._content(image), names[split], self._label(label, name), _text(group))
+                        yield self.item(split, row, image, label, group)
                         row += 1
+
+    def item(self, split: str, row: int, image: dict[str, Any] | None, label: Any, group: Any) -> Item:
+        """The item of a row: its number in its split and the values of its columns."""
+        path = (image or {}).get("path")
+        name = f"row {row}" + (f" ({path})" if path else "")
+        name = f"{split} {name}" if len(self.parts) > 1 else name
+        part = SPLIT_WORDS.get(split, "train")
+        return Item(name, self._content(image), part, self._label(label, name), None if group is None else str(group))
+
+    @property
+    def columns(self) -> list[str | None]:
+        """The columns of images, labels and groups."""
+        return [self.column, self.label, self.group]
 
     def _content(self, image: dict[str, Any] | None) -> Path | bytes | DataError:
         if image and image.get("bytes"):
@@ -147,10 +155,6 @@ class RowSource:
                 f"{self.name}: the label in {name} is {value!r}: give class names or indices, or --label none"
             )
         return value
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def label_column(names: list[str], asked: str | None, source: str) -> str | None:

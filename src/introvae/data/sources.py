@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -133,9 +134,7 @@ class FolderSource(Files):
         self.name = str(path)
         self.files = _walk(path)
         names = [file.name for file in self.files]
-        parts = {name: [word.lower() for word in name.split("/")[:-1]] for name in names}
-        top = {SPLIT_WORDS[words[0]] for words in parts.values() if words and words[0] in SPLIT_WORDS}
-        self.split_folders = "train" in top and len(top) > 1
+        self.split_folders = are_parts(name.split("/")[0] for name in names if "/" in name)
         classes = {c for name in names if (c := self._place(name)[1]) is not None}
         persons = any(SUBJECT.fullmatch(c) for c in classes)
         self.class_names = tuple(sorted(classes)) if len(classes) > 1 and not persons else ()
@@ -145,11 +144,7 @@ class FolderSource(Files):
         return len(self.files)
 
     def _place(self, name: str) -> tuple[str, str | None]:
-        folders = name.split("/")[:-1]
-        split = "train"
-        if self.split_folders and folders and folders[0].lower() in SPLIT_WORDS:
-            split = SPLIT_WORDS[folders.pop(0).lower()]
-        return split, folders[0] if folders else None
+        return part_and_class(name.split("/")[:-1], self.split_folders)
 
     def items(self) -> Iterator[Item]:
         order = ("train", *HELDOUT_SPLITS)
@@ -157,6 +152,20 @@ class FolderSource(Files):
             split, label = self._place(file.name)
             content = DataError(file.problem) if file.problem else file.path
             yield Item(file.name, content, split, label if self.class_names else None, self.groups.get(file.name))
+
+
+def are_parts(folders: Iterable[str]) -> bool:
+    """Whether folders on the first level are parts: a training folder beside a test or validation folder."""
+    found = {SPLIT_WORDS[folder.lower()] for folder in folders if folder.lower() in SPLIT_WORDS}
+    return "train" in found and len(found) > 1
+
+
+def part_and_class(folders: Sequence[str], split_folders: bool) -> tuple[str, str | None]:
+    """The part and the class of what lies in these folders, the outermost first."""
+    split = "train"
+    if split_folders and folders and folders[0].lower() in SPLIT_WORDS:
+        split, folders = SPLIT_WORDS[folders[0].lower()], folders[1:]
+    return split, folders[0] if folders else None
 
 
 def _walk(path: Path) -> list[File]:
@@ -210,9 +219,15 @@ def holds_parquet(path: Path) -> bool:
     """Whether a folder is one of Parquet files: it has some, and no image file or scan beside them."""
     if not parquet_files(path):
         return False
+    pictures = (*image_suffixes(), ".nii", ".gz")
+    names = (name for _, _, names in os.walk(path) for name in names)
+    return not any(name.lower().endswith(pictures) and not name.startswith(".") for name in names)
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """What the names of image files end in."""
     Image.init()
-    pictures = (*Image.EXTENSION, ".nii", ".gz")
-    return not any(p.suffix.lower() in pictures and not p.name.startswith(".") for p in path.rglob("*"))
+    return tuple(Image.EXTENSION)
 
 
 def _groups(names: list[str], pattern: str | None) -> dict[str, str]:
@@ -255,4 +270,6 @@ def opened(item: Item, options: DataOptions) -> Iterator[Iterator[tuple[str, Ima
         yield slices(item.name, content, options)
         return
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file, Image.open(file) as image:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError  # Pillow itself only warns up to twice that
         yield iter([(item.name, image)])

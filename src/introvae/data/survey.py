@@ -153,11 +153,16 @@ class Survey:
 
 
 def look_through(source: Source, options: DataOptions) -> Survey:
+    # A row that names a file has contents which the source's digest does not cover, so it is not cached.
+    return look_at(source.items(), len(source), options, files_elsewhere=not isinstance(source, FolderSource))
+
+
+def look_at(items: Iterator[Item], count: int, options: DataOptions, *, files_elsewhere: bool = False) -> Survey:
+    """A survey of items, `count` of them where it is known."""
     survey = Survey()
-    for item in progress(source.items(), len(source), "looking"):
+    for item in progress(items, count, "looking"):
         survey.found += 1
-        # A row that names a file has contents which the source's digest does not cover, so it is not cached.
-        survey.elsewhere |= isinstance(item.content, Path) and not isinstance(source, FolderSource)
+        survey.elsewhere |= files_elsewhere and isinstance(item.content, Path)
         try:
             _look_at(item, options, survey)
         except MissingExtraError:

@@ -9,7 +9,7 @@ from introvae.errors import ConfigError, DataError
 
 
 class GaussianStatistics:
-    """Mean and covariance of features, from sums in float64: batch by batch, in any order.
+    """Mean and covariance of features, from sums in float64: batch by batch, in any order, on any number of processes.
 
     Arguments:
         dim: number of features.
@@ -37,6 +37,8 @@ class GaussianStatistics:
         x = features.detach().cpu().double()
         if not bool(x.isfinite().all()):
             raise DataError("the features hold NaN or infinite values: the model that made the images has diverged")
+        if len(x) == 0:
+            return
         if self.shift is None:
             self.shift = x.mean(dim=0)
         x = x - self.shift
@@ -44,6 +46,63 @@ class GaussianStatistics:
         self.total += x.sum(dim=0)
         outer = x.T @ x
         self.outer += (outer + outer.T) / 2  # some libraries round the two halves differently
+
+    def merge(self, other: GaussianStatistics) -> None:
+        """Take into account all that `other` was given, as if it had been given here.
+
+        Raises:
+            ConfigError: they are of different numbers of features.
+
+        Example:
+            >>> halves = [GaussianStatistics(1), GaussianStatistics(1)]
+            >>> halves[0].update(torch.tensor([[0.0], [1.0]])); halves[1].update(torch.tensor([[5.0]]))
+            >>> halves[0].merge(halves[1])
+            >>> halves[0].count, halves[0].mean
+            (3, tensor([2.], dtype=torch.float64))
+        """
+        if len(self.total) != len(other.total):
+            raise ConfigError(
+                f"statistics of {len(self.total)} and of {len(other.total)} features cannot be merged: take those of "
+                "one feature space"
+            )
+        if other.shift is None:
+            return
+        if self.shift is None:
+            self.shift = other.shift.clone()
+        total, outer = other._moved(self.shift)
+        self.count += other.count
+        self.total += total
+        self.outer += outer
+
+    def all_reduce(self) -> None:
+        """Take into account what every process of the default group was given; the same sums are then in each.
+
+        Call it once, in all processes, after the last `update`. With a process group that works on GPUs alone (NCCL),
+        the sums travel through this process' current GPU.
+        """
+        from torch import distributed
+
+        device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
+        seen = self.shift is not None
+        shift = self.shift if self.shift is not None else torch.zeros_like(self.total)
+        first = torch.cat([shift, torch.tensor([float(seen), float(self.count)], dtype=torch.float64)]).to(device)
+        distributed.all_reduce(first)
+        holders, count = first[-2].item(), round(first[-1].item())
+        if not holders:
+            return
+        shift = first[:-2].cpu() / holders  # one that all share: sums about different points do not add up
+        total, outer = self._moved(shift)
+        sums = torch.cat([total[None], outer]).to(device)
+        distributed.all_reduce(sums)
+        self.count, self.shift, self.total, self.outer = count, shift, sums[0].cpu(), sums[1:].cpu()
+
+    def _moved(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums as they would be about another point."""
+        if self.shift is None:
+            return self.total, self.outer
+        by = self.shift - shift
+        cross = torch.outer(by, self.total)
+        return self.total + self.count * by, self.outer + cross + cross.T + self.count * torch.outer(by, by)
 
     @property
     def mean(self) -> Tensor:

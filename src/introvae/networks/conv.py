@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from introvae.errors import ConfigError, not_negative, one_of, positive, unknown, whole
-from introvae.networks.blocks import NORMS, ResidualBlock, Stages, activated, make_norm
+from introvae.networks.blocks import (
+    GAIN,
+    NORMS,
+    ResidualBlock,
+    Stages,
+    activated,
+    make_conv,
+    make_linear,
+    make_norm,
+)
 from introvae.precision import unrounded, wide
 
 WIDTHS = (64, 128, 256, 512, 512, 512)
@@ -24,21 +34,28 @@ AUTO_SIDE = 32
 
 
 class ConvEncoder(Stages):
-    """`x: [N, C, S, S]` to mean and log-variance, each `[N, Z]`: 5x5 conv, then [residual block, pool] per halving."""
+    """`x: [N, C, S, S]` to mean and log-variance, each `[N, Z]`: 5x5 conv, then [pool, residual block] per halving."""
 
     def __init__(
-        self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str, stride: int, coarse: int
+        self,
+        shape: tuple[int, int, int],
+        latent_dim: int,
+        channels: Sequence[int],
+        norm: str,
+        norm_place: str = "before",
+        stride: int = 1,
+        coarse: int = 0,
     ) -> None:
         super().__init__()
         self.stride = stride
-        self.stem = nn.Conv2d(shape[0], channels[0], 5, padding=2, bias=norm == "none")
+        self.stem = make_conv(norm, shape[0], channels[0], 5, gain=GAIN, edge=True)
         self.norm = make_norm(norm, channels[0])
         widths = [*channels, channels[-1]]
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm, norm_place) for a, b in pairwise(widths))
         side = shape[1] // stride >> len(channels)
-        self.head = nn.Linear(channels[-1] * side * side, 2 * latent_dim)
+        self.head = make_linear(norm, channels[-1] * side * side, 2 * latent_dim)
         self.side = coarse
-        self.coarse = nn.Linear(shape[0] * coarse**2, latent_dim) if coarse else None
+        self.coarse = make_linear(norm, shape[0] * coarse**2, latent_dim) if coarse else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.stage(self._first, x)
@@ -63,19 +80,21 @@ class ConvDecoder(Stages):
         latent_dim: int,
         channels: Sequence[int],
         norm: str,
-        stride: int,
-        coarse: int,
-        upsample: str,
+        norm_place: str = "before",
+        stride: int = 1,
+        coarse: int = 0,
+        upsample: str = "nearest",
     ) -> None:
         super().__init__()
         self.upsample = upsample
         self.side, self.width, self.stride = shape[1] // stride >> len(channels), channels[-1], stride
-        self.stem = nn.Linear(latent_dim, self.width * self.side**2)
+        self.stem = make_linear(norm, latent_dim, self.width * self.side**2, gain=math.sqrt(2))
         widths = [channels[-1], *reversed(channels), channels[0]]
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in pairwise(widths))
-        self.head = nn.Conv2d(channels[0], shape[0], 5, padding=2)
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm, norm_place) for a, b in pairwise(widths))
+        # Without normalisation, a small gain makes the first images grey and not black and white.
+        self.head = make_conv(norm, channels[0], shape[0], 5, bias=True, gain=0.5, edge=True)
         self.small = (shape[0], coarse, coarse)
-        self.coarse = nn.Linear(latent_dim, shape[0] * coarse**2) if coarse else None
+        self.coarse = make_linear(norm, latent_dim, shape[0] * coarse**2) if coarse else None
         if self.coarse is not None:
             nn.init.zeros_(self.coarse.weight)  # a latent that the data do not use adds no noise to samples
 
@@ -111,8 +130,11 @@ def build_conv(
         channels: widths from the largest resolution to the smallest, one for each halving of the side; the default
             takes the published widths down to 4 ... 7 pixels.
         width: factor on the published widths, where `channels` is not given; 0.5 costs a quarter of the time.
-        norm: "layer" (over the channels of each position; the default, independent of the batch), "group", "batch"
-            (as published; its evaluation mode differs from its training mode) or "none".
+        norm: "layer" (over the channels of each position; the default, independent of the batch), "pixel" (the same
+            by the root mean square alone), "group", "batch" (as published; its evaluation mode differs from its
+            training mode) or "none"; of the weights instead of the activations: "weight" (standardised filters) or
+            "equalized" (no normalisation, but an equalised learning rate in every layer; the rate is then in units of
+            the weights' own size, Progressive GAN takes 1e-3).
         stride: how often smaller than the image the blocks work; only the first and last layer see all pixels. 2 costs
             a quarter of the time, for coarser detail. "auto" is the power of two that leaves them at most 32 pixels.
         coarse: side of a small copy of the image (at most the image's own) that has a linear way of its own into the
@@ -145,27 +167,42 @@ def build_conv(
         )
     square = (shape[0], shape[1], shape[2])
     side = shape[1] // stride
-    positive(width=width)
-    if channels is None:
-        more = max(0, _halvings(side) - len(WIDTHS))
-        published = [*LARGE_WIDTHS[len(LARGE_WIDTHS) - more :], *WIDTHS[: _halvings(side)]]
-        channels = [max(1, round(width * channel)) for channel in published]
-    elif width != 1:
-        raise ConfigError("channels and width are both given: give one of them")
-    if not channels or side % (1 << len(channels)):
+    channels = widths_for(side, channels, width)
+    if side % (1 << len(channels)):
         raise ConfigError(
             f"{len(channels)} channel widths halve the side that often, which {side} pixels do not allow: give 1 "
             f"to {_powers_of_two(side)} of them"
         )
-    for index, width in enumerate(channels):
-        positive(**{f"channels[{index}]": width})
     coarse = min(coarse, shape[1])
-    encoder = ConvEncoder(square, latent_dim, channels, norm, stride, coarse)
-    decoder = ConvDecoder(square, latent_dim, channels, norm, stride, coarse, upsample)
-    return (
-        encoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
-        decoder.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
-    )
+    encoder = ConvEncoder(square, latent_dim, channels, norm, stride=stride, coarse=coarse)
+    decoder = ConvDecoder(square, latent_dim, channels, norm, stride=stride, coarse=coarse, upsample=upsample)
+    return in_channels_last(encoder, decoder)
+
+
+def in_channels_last(*networks: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A pair whose convolutions keep their weights, and so make their images, with the channels last in memory."""
+    encoder, decoder = (network.to(memory_format=torch.channels_last) for network in networks)  # pyright: ignore
+    return encoder, decoder
+
+
+def widths_for(side: int, channels: Sequence[int] | None, width: float) -> Sequence[int]:
+    """`channels` as given, or the published widths for feature maps of `side` pixels, times `width`.
+
+    Raises:
+        ConfigError: both are given, or a width is not above 0.
+    """
+    positive(width=width)
+    if channels is None:
+        more = max(0, _halvings(side) - len(WIDTHS))
+        published = [*LARGE_WIDTHS[len(LARGE_WIDTHS) - more :], *WIDTHS[: _halvings(side)]]
+        return [max(1, round(width * channel)) for channel in published]
+    if width != 1:
+        raise ConfigError("channels and width are both given: give one of them")
+    if not channels:
+        raise ConfigError(f"channels is empty: give 1 to {_powers_of_two(side)} of them")
+    for index, channel in enumerate(channels):
+        positive(**{f"channels[{index}]": channel})
+    return channels
 
 
 def possible_sides() -> list[int]:

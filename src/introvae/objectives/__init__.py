@@ -1,6 +1,9 @@
 """What each player wants: one paper, one file."""
 
+from importlib import import_module
+
 from introvae.errors import unknown
+from introvae.objectives.age import AGE
 from introvae.objectives.as_introvae import ASIntroVAE, as_distance
 from introvae.objectives.base import Judged, Objective, Values, Warmup
 from introvae.objectives.introvae import IntroVAE
@@ -8,6 +11,7 @@ from introvae.objectives.soft_introvae import SoftIntroVAE
 from introvae.objectives.vae import VAE
 
 __all__ = [
+    "AGE",
     "VAE",
     "ASIntroVAE",
     "IntroVAE",
@@ -21,12 +25,14 @@ __all__ = [
     "list_objectives",
 ]
 
-_OBJECTIVES: dict[str, type[Objective]] = {cls.__name__: cls for cls in (VAE, IntroVAE, SoftIntroVAE, ASIntroVAE)}
+_OBJECTIVES: dict[str, type[Objective]] = {cls.__name__: cls for cls in (VAE, IntroVAE, SoftIntroVAE, ASIntroVAE, AGE)}
+_BASELINES = {"WGANGP": "introvae.baselines"}
+"""Where the objectives are that bring an update of their own, which is built on this package."""
 
 
 def list_objectives() -> list[str]:
     """Names of all objectives, as `--objective` takes them."""
-    return list(_OBJECTIVES)
+    return [*_OBJECTIVES, *_BASELINES]
 
 
 def get_objective(name: str) -> type[Objective]:
@@ -35,6 +41,8 @@ def get_objective(name: str) -> type[Objective]:
     Raises:
         ConfigError: the name is unknown.
     """
+    if name in _BASELINES:
+        return getattr(import_module(_BASELINES[name]), name)
     if name not in _OBJECTIVES:
         raise unknown("objective", name, list_objectives())
     return _OBJECTIVES[name]

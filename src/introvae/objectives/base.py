@@ -16,6 +16,9 @@ from introvae.gaussian import DiagonalGaussian
 AUTO = "auto"
 """A setting that finds its own value during training."""
 
+EPOCH = "epoch"
+"""A lag of the target decoder: one pass over the training part."""
+
 Values = Mapping[str, Tensor]
 """What may change during a run (betas, margin, annealing), as 0-d tensors by name."""
 
@@ -29,12 +32,14 @@ class Judged:
         z: `[N, Z]`. For real images a draw from their posterior; for fakes the latent they were decoded from.
         posterior: q(z|x) of these images.
         reconstruction_error: `[N]`, squared error summed over pixels, or None where no objective asked for it.
+        reconstruction: as x, what the decoder makes of z; of real images only.
     """
 
     x: Tensor
     z: Tensor
     posterior: DiagonalGaussian
     reconstruction_error: Tensor | None = None
+    reconstruction: Tensor | None = None
 
     @cached_property
     def kl(self) -> Tensor:
@@ -66,21 +71,38 @@ class Objective:
         {}
     """
 
+    # The parser reads these types in the module of each child: only builtins and ClassVar are known there for sure.
     adversarial: ClassVar[bool] = True
     """False for objectives whose players want the same: one joint update, no fakes."""
     batch_coupled: ClassVar[bool] = False
     """True where a sample's loss depends on the others of its batch, which then cannot be split."""
     tunable: ClassVar[tuple[str, ...]] = ()
     reads_fake_rec_in_encoder: ClassVar[bool] = False
+    judges_reconstruction: ClassVar[bool] = True
+    """False where no loss reads what the encoder says of the reconstruction: `fakes` is then the sample alone."""
+    encodes: ClassVar[str] = "posterior"
+    """What the trained encoder gives of x: a "posterior"; its "mode" alone, the log-variance being untrained; or
+    "nothing", where it is only a critic and the model only samples."""
+    step_class: ClassVar[type | None] = None
+    """The update that trains it, where that is not the one all others share (`introvae.step.IntrospectiveStep`): a
+    child of `introvae.players.Players`."""
 
     @property
     def reads_fake_rec_in_decoder(self) -> str:
         """What the gradient of the fakes' `rec` reaches in the decoder's phase.
 
-        "" (not read), "fake" (the fake itself, through ||f - sg(D(E(f)))||^2) or "redecode" (the second decode,
-        through ||sg(f) - D(sg(z_f))||^2).
+        "" (not read), "fake" (the fake itself, through ||f - sg(D(E(f)))||^2), "redecode" (the second decode,
+        through ||sg(f) - D(sg(z_f))||^2) or "target" (the fake, on all ways through ||f - D'(E(f))||^2, where D' is
+        the target decoder).
         """
         return ""
+
+    @property
+    def target_lag(self) -> int | str:
+        """Steps (or "epoch") after which the target decoder D', which decodes what the encoder makes of fakes, becomes
+        equal to the decoder again; 0 where there is none.
+        """
+        return 0
 
     @property
     def reads_real_in_decoder(self) -> bool:
@@ -125,6 +147,11 @@ class Objective:
     def at(self, progress: float) -> Objective:
         """The objective to use after the share `progress`: itself, or a cheaper one with equal gradients."""
         return self
+
+    def recorded(self, real: Judged, fakes: tuple[Judged, ...]) -> dict[str, Tensor]:
+        """What the log tells of the encoder, as scalars: the mean KLs, without the fakes' in a step that has none."""
+        names = ("kl_real", "kl_reconstruction", "kl_sample")
+        return {name: judged.kl.mean() for name, judged in zip(names, (real, *fakes), strict=False)}
 
     def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         """What the encoder minimises; a scalar. `fakes` are (reconstruction, sample), cut off from the decoder."""

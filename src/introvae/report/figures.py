@@ -49,34 +49,48 @@ def interpolations(model: IntrospectiveVAE, x: Tensor) -> Image:
     return image_grid(rows.flatten(0, 1), columns=STEPS + 2)
 
 
+PANELS = (
+    (
+        "KL to the prior, nats",
+        (
+            ("kl_real", REAL, "real"),
+            ("kl_reconstruction", RECONSTRUCTION, "reconstruction"),
+            ("kl_sample", SAMPLE, "sample"),
+        ),
+    ),
+    ("Divergence from the prior, nats", (("divergence_real", REAL, "real"), ("divergence_sample", SAMPLE, "sample"))),
+    ("Critic", (("wasserstein", REAL, "Wasserstein estimate"), ("gradient_penalty", SAMPLE, "gradient penalty"))),
+)
+"""What the first panels of the curves show: those of which the log has a line."""
+
+
 def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
-    """KL of real samples, reconstructions and draws, the reconstruction error, and settings that found their own value,
-    over the steps of a run.
+    """KL of real samples, reconstructions and draws (or what the objective has instead), the reconstruction error, and
+    settings that found their own value, over the steps of a run.
     """
     found_itself = [name for name in ("beta_neg", "margin") if len({row[name] for row in log if name in row}) > 2]
-    figure, (left, right, *more) = _axes(2 + len(found_itself))
-    for axis, name in zip(more, found_itself, strict=True):
-        axis.plot([row["step"] for row in log], [row[name] for row in log], color=SAMPLE, lw=1.2)
-        axis.set(title=f"{name}, found by itself", xlabel="step", ylim=(0, None))
-    steps = [row["step"] for row in log]
-    series = (("kl_real", REAL, "real"), ("kl_reconstruction", RECONSTRUCTION, "reconstruction"))
-    for name, colour, label in (*series, ("kl_sample", SAMPLE, "sample")):
-        found = [(row["step"], row[name]) for row in log if row.get(name) is not None]
-        if found:
-            style = "--" if label == "reconstruction" else "-"  # it may lie exactly under another
-            left.plot(*zip(*found, strict=True), color=colour, lw=1.2, ls=style, label=label, zorder=3)
-    right.plot(steps, [row["rec"] for row in log], color=REAL, lw=1.2)
-    left.set(title="KL to the prior, nats", xlabel="step", ylim=(0, None))
-    unit = "squared error, sum over pixels" if images else "squared error, sum over values"
-    right.set(title=f"Reconstruction: {unit}", xlabel="step", ylim=(0, None))
+    panels: list[tuple[str, Sequence[tuple[str, str, str]]]]
+    panels = [(title, series) for title, series in PANELS if any(name in row for row in log for name, _, _ in series)]
+    if any("rec" in row for row in log):
+        unit = "squared error, sum over pixels" if images else "squared error, sum over values"
+        panels.append((f"Reconstruction: {unit}", (("rec", REAL, ""),)))
+    panels += [(f"{name}, found by itself", ((name, SAMPLE, ""),)) for name in found_itself]
+    figure, axes = _axes(len(panels))
     warm = [row["step"] for row in log if row["phase"] == "warmup"]
-    for axis in (left, right, *more):
+    for axis, (title, series) in zip(axes, panels, strict=True):
+        for name, colour, label in series:
+            found = [(row["step"], row[name]) for row in log if row.get(name) is not None]
+            if found:
+                style = "--" if label == "reconstruction" else "-"  # it may lie exactly under another
+                axis.plot(*zip(*found, strict=True), color=colour, lw=1.2, ls=style, label=label, zorder=3)
+        axis.set(title=title, xlabel="step", ylim=None if title == "Critic" else (0, None))
+        if len(series) > 1:
+            axis.legend(fontsize=8, frameon=False)
         if warm:
             axis.axvspan(0, max(warm), color="#eeeeee", zorder=0)
             axis.text(
                 max(warm) / 2, axis.get_ylim()[1] * 0.97, "warm-up", ha="center", va="top", fontsize=7, color="#777777"
             )
-    left.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -26,17 +26,28 @@ CAPTIONS = {
 }
 """What each picture shows, in the order in which the page shows them."""
 
+SPACES = {
+    "thumb": "8 x 8 pixel averages (layout, light)",
+    "randconv": "untrained convolutional features (edges, texture)",
+    "pixels": "the pixels",
+    "values": "the standardised values",
+    "mnist": "a digit classifier's features",
+    "cifar10": "a CIFAR-10 classifier's features",
+    "inception": "Inception's features (FID)",
+}
+"""What each feature space looks at."""
+JUDGES = ("mnist", "cifar10")
+"""Those that are a classifier's."""
+
 MEANING = {
     "mse": "mean squared error",
     "psnr_db": "peak signal-to-noise ratio, dB; higher is better",
     "ssim": "structural similarity, at most 1",
     "kl_real_nats": "KL of held-out data to the prior, nats",
     "active_units": "latent dimensions in use",
-    "frechet_thumb": "Fréchet distance of 8 x 8 pixel averages (layout, light); lower is better",
-    "frechet_randconv": "Fréchet distance of untrained convolutional features (edges, texture); lower is better",
-    "frechet_values": "Fréchet distance of the standardised values; lower is better",
-    "precision_pixels": "share of samples near real images",
-    "recall_pixels": "share of real images near samples",
+    "kl_aggregate_nats": "KL to the prior of the Gaussian fit to all posteriors together, nats; lower is better",
+    "lpips": "LPIPS, how different reconstructions look to a network; lower is better",
+    "msssim_pairs": "likeness (MS-SSIM) of pairs of samples; above the floor, samples are too alike",
     "confident_share": "share of samples that a classifier is sure of",
     "class_entropy_nats": "spread of the samples over the classes, nats",
     "kl_soft_introvae": "KL of histograms, authors' protocol; lower is better",
@@ -47,6 +58,15 @@ MEANING = {
     "modes": "modes found",
     "share_within_3_sigma": "share of samples within 3 sigma of a mode",
     "gnelbo": "grid-normalised ELBO; lower is better",
+    **{f"frechet_{name}": f"Fréchet distance of {space}; lower is better" for name, space in SPACES.items()},
+    **{f"kid_{name}": f"kernel distance (KID) of {space}; lower is better" for name, space in SPACES.items()},
+    **{f"precision_{name}": f"share of samples near real images, by {space}" for name, space in SPACES.items()},
+    **{f"recall_{name}": f"share of real images near samples, by {space}" for name, space in SPACES.items()},
+    **{f"density_{name}": f"how densely real images surround samples, by {space}" for name, space in SPACES.items()},
+    **{f"coverage_{name}": f"share of real images with a sample beside, by {space}" for name, space in SPACES.items()},
+    **{f"confident_share_{name}": f"share of samples that the {name} classifier is sure of" for name in JUDGES},
+    **{f"class_entropy_nats_{name}": f"spread of the samples over the {name} classes, nats" for name in JUDGES},
+    **{f"class_distance_{name}": f"how far the shares of the {name} classes are off; 0 is best" for name in JUDGES},
 }
 """The metrics in a reader's words."""
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import introvae.baselines  # noqa: F401 - the parser knows the objectives that were imported
 from introvae.data import DATA_OPTIONS, DataOptions, holds_vectors, is_table
 from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
 from introvae.precision import PRECISIONS
+from introvae.training.growing import Growth
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -50,6 +52,8 @@ class FitConfig(DataOptions):
         adam_betas: Adam's decay rates.
         ema: decay of the averaged weights, which are the ones that are saved and measured; 0 for none.
         warmup: the VAE steps at the start.
+        growing: training from small images to large ones, for network style, such as --growing.samples 600000; without
+            steps or epochs the run ends when the last level has seen its samples (docs/style.md).
         seed: of the weights, the order of the data and all noise.
         log_every: steps between two lines of log.jsonl.
         image_every: steps between two pictures; 0 for only one at the end.
@@ -63,6 +67,7 @@ class FitConfig(DataOptions):
         accumulation: parts in which a batch goes through each phase of a step, for less memory, with the same result;
             not for objectives that compare the samples of a batch.
         flip: mirror images at random.
+        conditional: tell both networks the class of each sample; all samples must be labelled (docs/conditional.md).
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
         gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a
@@ -92,6 +97,7 @@ class FitConfig(DataOptions):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     ema: float = 0.999
     warmup: Warmup = field(default_factory=Warmup)
+    growing: Growth = field(default_factory=Growth)
     seed: int = 0
     log_every: int = 50
     image_every: int = 1000
@@ -102,6 +108,7 @@ class FitConfig(DataOptions):
     gradient_checkpointing: bool = False
     accumulation: int = 1
     flip: bool = False
+    conditional: bool = False
     guard: str = "act"
     gradient_every: int = 0
     out: str | None = None
@@ -112,6 +119,8 @@ class FitConfig(DataOptions):
             object.__setattr__(self, "objective", get_objective(self.objective)())
         if isinstance(self.warmup, dict):
             object.__setattr__(self, "warmup", Warmup(**self.warmup))
+        if isinstance(self.growing, dict):
+            object.__setattr__(self, "growing", Growth(**self.growing))
         if not isinstance(self.objective, Objective):
             raise ConfigError(f"objective is {self.objective!r}: give SoftIntroVAE(), another one, or its name")
         positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
@@ -145,6 +154,8 @@ class FitConfig(DataOptions):
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILERS, compile=self.compile)
         one_of(GUARDS, guard=self.guard)
+        if self.growing.on and self.compile != "none":
+            raise ConfigError(f"compile {self.compile!r} is for networks that do not grow: take none, or no growing")
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
             raise ConfigError("lr_milestones and lr_schedule='milestones' go together: give both or neither")
         shares = {f"lr_milestones[{i}]": share for i, share in enumerate(self.lr_milestones)}
@@ -174,6 +185,7 @@ class FitConfig(DataOptions):
             "init_args": {f.name: getattr(self.objective, f.name) for f in dataclasses.fields(self.objective)},  # pyright: ignore
         }
         settings["warmup"] = dataclasses.asdict(self.warmup)
+        settings["growing"] = self.growing.to_dict()
         for name in ("lr_milestones", "adam_betas", "window", "columns", "drop"):
             settings[name] = list(settings[name])
         return settings

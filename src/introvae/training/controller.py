@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Controller:
         device: of the tensors.
         pixels: number of values in a sample.
         peers: the processes whose samples the rules see.
+        given: fixed values of a step, from its number, that take the place of the objective's.
 
     Raises:
         ConfigError: a setting cannot be "auto" here.
@@ -39,7 +40,9 @@ class Controller:
         device: torch.device | str,
         pixels: int,
         peers: Alone | None = None,
+        given: Callable[[int], Mapping[str, float]] | None = None,
     ) -> None:
+        self.given = given or (lambda step: {})
         self.objective, self.warmup_steps, self.steps, self.peers = objective, warmup_steps, steps, peers or Alone()
         self.scale = objective.scale_of(torch.empty(1, pixels))
         self._rules = rules_for(objective, self.scale, warmup_steps, device)
@@ -57,7 +60,7 @@ class Controller:
 
     def update(self, step: int) -> dict[str, Tensor]:
         """The values of step `step`; only those that changed are written to the device."""
-        for name, value in self._started.values(self.progress(step)).items():
+        for name, value in {**self._started.values(self.progress(step)), **self.given(step)}.items():
             if name in self._rules:
                 continue
             value *= self._factors.get(name, 1.0)

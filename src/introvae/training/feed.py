@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from introvae.data.arrays import to_float
+from introvae.errors import DataError
 from introvae.step import Noise
 
 AHEAD = 2
@@ -19,7 +20,7 @@ AHEAD = 2
 
 
 class Batches(Protocol):
-    """An endless stream of batches."""
+    """An endless stream of batches; their size may be set between two of them."""
 
     batch_size: int
 
@@ -30,11 +31,21 @@ class Batches(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class LabelledBatches(Batches, Protocol):
+    """Batches that tell classes too."""
+
+    def labelled(self, share: slice = ...) -> tuple[Tensor, Tensor]: ...
+
+
 class Inputs(NamedTuple):
-    """A batch `x: [N, ...]` as float32 and the step's noise, on the device."""
+    """A batch `x: [N, ...]` as float32, the step's noise and, where they are asked for, the classes `[N]` of x, on the
+    device.
+    """
 
     x: Tensor
     noise: Noise
+    condition: Tensor | None = None
 
 
 class Feed:
@@ -50,14 +61,25 @@ class Feed:
         device: where the steps compute.
         rows: this process' share of every batch.
         flip: mirror every image with probability 1/2.
+        sizes: the size of a batch and this process' share, from the batch's number (from 0), where they change.
+        classes: how many classes there are, where the steps are to know each sample's.
     """
 
     def __init__(
-        self, batches: Batches, latent_dim: int, seed: int, device: torch.device, rows: slice, flip: bool = False
+        self,
+        batches: Batches,
+        latent_dim: int,
+        seed: int,
+        device: torch.device,
+        rows: slice,
+        flip: bool = False,
+        sizes: Callable[[int], tuple[int, slice]] | None = None,
+        classes: int = 0,
     ) -> None:
         self.batches, self.latent_dim, self.device, self.rows, self.flip = batches, latent_dim, device, rows, flip
         self.noise = torch.Generator().manual_seed(seed)  # on the CPU: any device can go on
         self.seconds_waited = 0.0
+        self.sizes, self.classes, self._made = sizes, classes, 0
         self._state = self._now()
         self._ready: queue.Queue[tuple[Any, ...]] | None = None
         self._error: BaseException | None = None
@@ -91,24 +113,47 @@ class Feed:
         if isinstance(found[0], BaseException):
             self._error = found[0]
             raise found[0]
-        (x, noise, flipped), self._state = found
+        (x, noise, flipped, condition), self._state = found
         # From pinned memory the copies to a GPU run beside the host's work.
         x = x.to(self.device, non_blocking=True)
         if flipped is not None:
             flipped = flipped.to(self.device, non_blocking=True)[:, None, None, None]
             x = torch.where(flipped, x.flip(3), x)
-        return Inputs(to_float(x), Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)))
+        if condition is not None:
+            condition = condition.to(self.device, non_blocking=True)
+        return Inputs(to_float(x), Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)), condition)
 
     def _make(self) -> tuple[Any, ...]:
+        if self.sizes is not None:
+            self.batches.batch_size, self.rows = self.sizes(self._made)
+            self._made += 1
         n = self.batches.batch_size
-        x = self.batches.stored(self.rows)
+        x, condition = self._read()
         noise = Noise.draw(n, self.latent_dim, self.noise)
         if len(x) < n:
             noise = noise.rows(self.rows)
         flipped = (torch.rand(n, generator=self.noise) < 0.5)[self.rows] if self.flip else None
         if self.device.type == "cuda":
             x, noise = x.pin_memory(), Noise(*(draws.pin_memory() for draws in noise))
-        return (x, noise, flipped), self._now()
+            condition = None if condition is None else condition.pin_memory()
+        return (x, noise, flipped, condition), self._now()
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        """This process' rows of the next batch, and their classes where they are asked for.
+
+        Raises:
+            DataError: one has none, or one that is not known; of a stream, that shows only here.
+        """
+        if not self.classes:
+            return self.batches.stored(self.rows), None
+        assert isinstance(self.batches, LabelledBatches)
+        x, labels = self.batches.labelled(self.rows)
+        strange = labels[(labels < 0) | (labels >= self.classes)]
+        if len(strange):
+            number = int(strange[0])
+            told = "no class" if number < 0 else f"class {number}, and the model knows 0 to {self.classes - 1}"
+            raise DataError(f"a training sample has {told}: mend the labels, or train without conditional")
+        return x, labels
 
     def _work(self, ready: queue.Queue[tuple[Any, ...]], stop: threading.Event) -> None:
         torch.set_num_threads(1)  # it must not take the cores from the step
@@ -123,7 +168,8 @@ class Feed:
                 return
 
     def _now(self) -> dict[str, Any]:
-        return {"batches": self.batches.state_dict(), "noise": self.noise.get_state()}
+        made = {} if self.sizes is None else {"made": self._made}
+        return {"batches": self.batches.state_dict(), "noise": self.noise.get_state(), **made}
 
     def state_dict(self) -> dict[str, Any]:
         """Where batches and noise are."""
@@ -137,4 +183,5 @@ class Feed:
         """
         self.batches.load_state_dict(state["batches"])
         self.noise.set_state(state["noise"].cpu())
+        self._made = 0 if self.sizes is None else state["made"]
         self._state = self._now()

@@ -44,7 +44,10 @@ ALIKE, ALIKE_STEPS, DIVERSE = 0.01, 100, 0.1
 """Samples and reconstructions whose squared distance is below this share of that of samples and real ones, for so long,
 after it was above the third number: the decoder collapsed. Many a run begins collapsed, and climbs out of it."""
 
-SEEN = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "apart_fakes", "apart_real", "loss_encoder", "loss_decoder")
+SEEN = (
+    *("rec", "kl_real", "kl_reconstruction", "kl_sample", "apart_fakes", "apart_real", "loss_encoder", "loss_decoder"),
+    *("loss_critic", "loss_generator"),
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Watch:
         for name, value in row.items():
             self.averages[name] = KEEP * self.averages.get(name, value) + (1 - KEEP) * value
         if "kl_sample" not in row:  # a VAE's step: its KL is what the adversarial phase is measured against
-            self.reference = self.averages["kl_real"]
+            self.reference = self.averages.get("kl_real")  # None where nothing infers a posterior
             return None
         if self.reference is None:
             self.reference = self.averages["kl_real"]

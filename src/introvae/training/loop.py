@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -32,23 +33,37 @@ from introvae.networks import use_gradient_checkpointing
 from introvae.objectives import Objective
 from introvae.parallel import Peers, processes
 from introvae.precision import float32_multiplications, pick_precision
-from introvae.step import IntrospectiveStep, Noise
+from introvae.step import Noise, step_class
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
 from introvae.training.config import FitConfig
 from introvae.training.controller import Controller
 from introvae.training.devices import can_compile, pick_device, share_statistics
 from introvae.training.ema import Average
 from introvae.training.feed import Feed
+from introvae.training.growing import Grower, Schedule
 from introvae.training.guard import Guard
 from introvae.training.planner import Plan
 from introvae.training.preview import preview
 from introvae.training.readback import Readback
-from introvae.training.resolve import load_once, preparation_of, resolve
+from introvae.training.resolve import classes_of, load_once, preparation_of, resolve
 from introvae.training.run import Run
 from introvae.training.signals import stop_on_signal
+from introvae.training.target import Renewal
 
 log = logging.getLogger("introvae")
 
+
+SHOWN = {
+    "rec": "rec",
+    "kl_real": "KL(real)",
+    "kl_reconstruction": "KL(rec)",
+    "kl_sample": "KL(sample)",
+    "divergence_real": "Δ(real)",
+    "divergence_sample": "Δ(sample)",
+    "wasserstein": "W",
+    "gradient_penalty": "GP",
+}
+"""What the progress bar shows of a line of the log, and how it calls it."""
 
 ASK_EVERY = 10
 """Steps after which several processes agree, at the latest, whether one of them was told to stop."""
@@ -71,6 +86,7 @@ class Step(Protocol):
         *,
         warming: bool = False,
         gradients: bool = False,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]: ...
 
     def set_lr(self, lr: float) -> None: ...
@@ -96,15 +112,16 @@ class Trainer:
         self.peers = processes(config.device)
         self.data = load_once(config, self.peers) if data is None else data
         self.config = config = resolve(config, self.data)
+        classes = classes_of(config, self.data)
         self.device = self.peers.device if isinstance(self.peers, Peers) else pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device, self.data.shape)
         self.steps, latent_dim = config.steps or 0, config.latent_dim or 0  # resolve() filled them in
-        rows = self.peers.rows(config.batch_size)
-        if (rows.stop - rows.start) % config.accumulation:
-            raise ConfigError(
-                f"accumulation {config.accumulation} does not divide a process' {rows.stop - rows.start} samples: "
-                "take a divisor"
-            )
+        self.schedule = Schedule(config.growing, self.data.shape, config.batch_size)
+        for size in self.schedule.batches:
+            if (share := len(range(size)[self.peers.rows(size)])) % config.accumulation:
+                raise ConfigError(
+                    f"accumulation {config.accumulation} does not divide a process' {share} samples: take a divisor"
+                )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # of the weights; all later draws have generators of their own
             values = "[0, 1]" if len(self.data.shape) == 3 else "unbounded"
@@ -113,6 +130,7 @@ class Trainer:
                 config.network,
                 latent_dim,
                 data={"name": Path(self.data.name).name, "range": values, **preparation_of(self.data)},
+                classes=classes,
                 **config.network_options,
             ).to(self.device)
         self.average = Average(self.model, config.ema)
@@ -122,13 +140,21 @@ class Trainer:
             use_gradient_checkpointing(self.model.decoder)
         if config.flip and len(self.data.shape) != 3:
             raise ConfigError(f"flip mirrors images, {self.data.name} has vectors: leave it out")
-        self.compile = config.compile
+        self.compile, self.grower = config.compile, None
         self.step = self._make_step()
         self.controller = Controller(
-            config.objective, config.warmup.steps, self.steps, self.device, math.prod(self.data.shape), self.peers
+            config.objective,
+            config.warmup.steps,
+            self.steps,
+            self.device,
+            math.prod(self.data.shape),
+            self.peers,
+            self.schedule.values,
         )
         batches = self.data.batches(config.batch_size, config.seed)
-        self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip)
+        rows, sizes = self._batch(0)[1], self._batch if config.growing.on else None
+        known = len(classes or ())
+        self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip, sizes, known)
         self.readback = Readback(self.peers)
         self.guard = Guard(config.guard, config.objective, latent_dim, self.controller, self._live, self.peers)
         self.step_index, self.seconds = 0, 0.0
@@ -141,7 +167,7 @@ class Trainer:
         elif self.compile == "inductor":
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
-        step = IntrospectiveStep(
+        step = step_class(config.objective)(
             self.model,
             config.objective,
             warmup=config.warmup,
@@ -152,7 +178,16 @@ class Trainer:
             accumulation=config.accumulation,
             capturable=captured,
         )
+        self.renewal = Renewal(step, config.objective, self.data, config.batch_size, config.growing.on)
+        if config.growing.on:
+            optimizers = (step.encoder_optimizer, step.decoder_optimizer)
+            self.grower = Grower(self.schedule, (self.model, self.average.model), optimizers)
         return CapturedStep(step) if captured else step
+
+    def _batch(self, step: int) -> tuple[int, slice]:
+        """The size of a step's batch, over all processes, and this one's rows of it."""
+        size = self.schedule.at(step).batch
+        return size, self.peers.rows(size)
 
     def train(self, run: Run, progress: bool = True) -> Run:
         """Run to the end; the model is saved there.
@@ -181,8 +216,8 @@ class Trainer:
         from tqdm import tqdm
 
         bar = tqdm(
-            total=self.steps * self.config.batch_size,
-            initial=self.step_index * self.config.batch_size,
+            total=self.schedule.samples(self.steps),
+            initial=self.schedule.samples(self.step_index),
             unit="img" if len(self.data.shape) == 3 else "sample",
             unit_scale=True,
             smoothing=0.1,
@@ -208,7 +243,7 @@ class Trainer:
             self.guard.begin(self.step_index)
             while self.step_index < self.steps:
                 due = self._one_step()
-                bar.update(self.config.batch_size)
+                bar.update(self._batch(self.step_index - 1)[0])
                 done, config = self.step_index, self.config
                 save = config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.steps
                 draw = config.image_every and done % config.image_every == 0 and done < self.steps
@@ -245,7 +280,8 @@ class Trainer:
 
     def plan(self) -> Plan:
         """How much memory the steps will take."""
-        return Plan(self.config, self.data.shape, self.model, self.precision, self.peers.count)
+        config = dataclasses.replace(self.config, batch_size=self.schedule.batches[-1])  # that of the largest images
+        return Plan(config, self.data.shape, self.model, self.precision, self.peers.count)
 
     def averaged_model(self) -> IntrospectiveVAE:
         """The model with averaged weights, in evaluation mode."""
@@ -256,16 +292,20 @@ class Trainer:
         started = time.perf_counter()
         config, index = self.config, self.step_index
         warming = index < config.warmup.steps
-        x, noise = self.feed.next()
+        x, noise, condition = self.feed.next()
+        if self.grower is not None:
+            x = self._grown(self.grower, x)
         values = self.controller.update(index)
         lr = config.lr_at(index, self.steps) * self.guard.rate
         self.step.set_lr(lr)
         self.step.objective = config.objective.at(self.controller.progress(index))
+        self.renewal.before(index)
         due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
-        fakes = self._fakes(x, noise) if due and (warming or not config.objective.adversarial) else {}
+        apart = due and (warming or not config.objective.adversarial)
+        fakes = self._fakes(x, noise, condition) if apart else {}
         every = config.gradient_every
         probing = bool(every and (index + 1) % every == 0)
-        record = self.step(x, noise, values, warming=warming, gradients=probing)
+        record = self.step(x, noise, values, warming=warming, gradients=probing, condition=condition)
         self.average.update(self.model)
         self.step_index += 1
         self._record = record
@@ -273,10 +313,11 @@ class Trainer:
             self.readback.put(
                 {
                     "step": self.step_index,
-                    "samples_seen": self.step_index * config.batch_size,
+                    "samples_seen": self.schedule.samples(self.step_index),
                     "seconds": round(self.seconds + time.perf_counter() - started, 3),
                     "seconds_waited": round(self.feed.seconds_waited, 3),
                     "phase": "warmup" if warming else "train",
+                    **self.schedule.told(index),
                     "lr": lr,
                 },
                 {**record, **fakes, **self.controller.found()},
@@ -286,14 +327,23 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return due
 
+    def _grown(self, grower: Grower, x: Tensor) -> Tensor:
+        """Bring all to the step's level; its batch for it."""
+        if grower.begin(self.step_index):
+            # The KLs of smaller images are no measure for these, and their networks nothing to go back to.
+            self.guard.watch.begin_again(self.step_index)
+            self.guard.watch.reference = None
+            self.guard.begin(self.step_index)
+        return grower.fit(x)
+
     @torch.no_grad()
-    def _fakes(self, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+    def _fakes(self, x: Tensor, noise: Noise, condition: Tensor | None) -> dict[str, Tensor]:
         """The KLs of fakes in steps that make none, for the log."""
-        self.model.eval()  # a look must not move the statistics of a batch normalisation
-        z = self.model.encode(x).sample(noise.real)
+        model = self.model.eval()  # a look must not move the statistics of a batch normalisation
+        z = model.encode(x, condition).sample(noise.real)
         fakes = {"kl_reconstruction": z, "kl_sample": noise.prior}
-        kls = {name: self.model.encode(self.model.decode(z)).kl().mean() for name, z in fakes.items()}
-        self.model.train()
+        kls = {name: model.encode(model.decode(z, condition), condition).kl().mean() for name, z in fakes.items()}
+        model.train()
         return kls
 
     def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
@@ -303,8 +353,7 @@ class Trainer:
             return  # the guard will find it, at the same step in every process
         lines.write(json.dumps(row) + "\n")
         lines.flush()
-        shown = {"rec": "rec", "kl_real": "KL(real)", "kl_reconstruction": "KL(rec)", "kl_sample": "KL(sample)"}
-        bar.set_postfix({title: f"{row[name]:.3g}" for name, title in shown.items()}, refresh=False)
+        bar.set_postfix({title: f"{row[name]:.3g}" for name, title in SHOWN.items() if name in row}, refresh=False)
 
     def _tell(self, run: Run, event: dict[str, Any] | None) -> None:
         """Log what the guard recognised and did.
@@ -336,7 +385,8 @@ class Trainer:
 
     def _picture(self, run: Run, name: str) -> None:
         if self.peers.first:
-            preview(self.averaged_model(), self.data, run.images / name)
+            data = self.data if self.grower is None else self.grower.shown(self.data)
+            preview(self.averaged_model(), data, run.images / name, self.config.objective.encodes)
 
     def _finite(self) -> bool:
         weights = [*self.model.parameters(), *self.average.model.parameters()]

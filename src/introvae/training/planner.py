@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from introvae.machine import free_bytes, resident_bytes
 from introvae.model import IntrospectiveVAE
 from introvae.objectives import Objective
-from introvae.step import IntrospectiveStep, Noise
+from introvae.step import Noise, step_class
 from introvae.training.config import FitConfig
 from introvae.training.guard import COPY_EVERY
 
@@ -79,7 +79,7 @@ class Plan:
         with fake, _Live() as live:
             for tensor in model.state_dict().values():
                 live.count(tensor)
-            step = IntrospectiveStep(
+            step = step_class(config.objective)(
                 model,
                 config.objective,
                 warmup=config.warmup,
@@ -89,12 +89,15 @@ class Plan:
             average = [parameter.detach().clone() for parameter in model.parameters()]
             x = torch.empty(batch, *self.shape, device=model.device)
             noise = Noise.draw(batch, model.latent_dim, device=model.device)
+            condition = None
+            if model.classes is not None:
+                condition = torch.empty(batch, dtype=torch.int64, device=model.device)
             if config.warmup.steps:
                 objectives.append((config.objective, True))
             for objective, warming in objectives:
                 step.objective = objective
                 values = {name: x.new_empty(()) for name in config.objective.started(math.prod(self.shape)).values(0.0)}
-                step(x, noise, values, warming=warming)
+                step(x, noise, values, warming=warming, condition=condition)
             del average
         return int(SCRATCH * live.peak)
 

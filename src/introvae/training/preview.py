@@ -7,17 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from introvae.classes import parts_of
 from introvae.data import ArrayData, Data, DensityData
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import density_estimate, grid_points, labelled_rows, plane_figure, save_picture
 
-IMAGES, POINTS, GRID = 32, 2000, 128
+IMAGES, COLUMNS, POINTS, GRID = 32, 16, 2000, 128
 AT_ONCE = 8
 
 
 @torch.no_grad()
-def preview(model: IntrospectiveVAE, data: Data, path: Path) -> Path | None:
+def preview(model: IntrospectiveVAE, data: Data, path: Path, encodes: str = "posterior") -> Path | None:
     """Draw what the model does with the held-out data and with fixed latents; the same seed for every picture.
+
+    Arguments:
+        model: in evaluation mode.
+        data: real samples stand beside the model's. Of a model with classes, every column of samples is of one, in
+            their order.
+        path: of the picture.
+        encodes: what the encoder gives (`Objective.encodes`): of one that gives no posterior no density estimate is
+            drawn, of one that gives nothing no reconstructions.
 
     Returns:
         The path, or None for data that are neither images nor points in the plane.
@@ -27,24 +36,32 @@ def preview(model: IntrospectiveVAE, data: Data, path: Path) -> Path | None:
         density = data.density
         real = density.sample(POINTS, generator)
         grid = grid_points(density.extent, GRID)
-        estimate = density_estimate(negative_elbo(model, grid).view(GRID, GRID))
-        maps = {"density estimate": estimate}
+        maps: dict[str, Tensor] = {}
         if density.log_prob is not None:
-            maps = {"density": density.log_prob(grid.double()).exp().view(GRID, GRID), **maps}
-        points = {
-            "real": real,
-            "reconstruction": model.reconstruct(real.to(model.device)),
-            "sample": model.sample(POINTS, generator),
-        }
+            maps["density"] = density.log_prob(grid.double()).exp().view(GRID, GRID)
+        if encodes == "posterior":
+            maps["density estimate"] = density_estimate(negative_elbo(model, grid).view(GRID, GRID))
+        points = {"real": real}
+        if encodes != "nothing":
+            points["reconstruction"] = model.reconstruct(real.to(model.device))
+        points["sample"] = model.sample(POINTS, generator)
         return save_picture(plane_figure(points, maps, density.extent), path)
     if not isinstance(data, ArrayData) or len(data.shape) != 3:
         return None
-    real = data.heldout[slice(IMAGES)].tensor(model.device)
+    columns = COLUMNS if model.classes is None else model.classes.columns(COLUMNS)
+    part = data.heldout[slice(IMAGES - IMAGES % columns)]
+    real = part.tensor(model.device)
     # A few at a time: a picture must not take more memory than a step.
-    reconstructions = torch.cat([model.reconstruct(some) for some in real.split(AT_ONCE)])
-    samples = torch.cat([model.sample(AT_ONCE, generator) for _ in range(2 * IMAGES // AT_ONCE)])
-    rows = {"real": real, "reconstruction": reconstructions, "sample": samples}
-    return save_picture(labelled_rows(rows), path)
+    rows = {"real": real}
+    if encodes != "nothing":
+        condition = model.condition_for(part.labels, data.class_names)
+        pairs = zip(real.split(AT_ONCE), parts_of(condition, len(real), AT_ONCE), strict=True)
+        rows["reconstruction"] = torch.cat([model.reconstruct(x, of) for x, of in pairs])
+    count = 2 * (IMAGES - IMAGES % columns)
+    given = parts_of(None if model.classes is None else model.classes.in_turn(count), count, AT_ONCE)
+    sizes = [min(AT_ONCE, count - start) for start in range(0, count, AT_ONCE)]
+    rows["sample"] = torch.cat([model.sample(n, generator, of) for n, of in zip(sizes, given, strict=True)])
+    return save_picture(labelled_rows(rows, columns), path)
 
 
 @torch.no_grad()

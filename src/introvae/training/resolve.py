@@ -6,11 +6,19 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
+
+from introvae.classes import Classes
 from introvae.data import ArrayData, Data, load_data
-from introvae.errors import ConfigError
+from introvae.data.stream import StreamData, StreamedPart
+from introvae.errors import ConfigError, DataError
 from introvae.networks import network_for
 from introvae.parallel import Alone
 from introvae.training.config import DEFAULT_STEPS, FitConfig
+from introvae.training.growing import Schedule
+
+MOST_CLASSES = 100_000
+"""Labels that go higher are numbers of something else, such as persons' or files'."""
 
 
 def preparation_of(data: Data) -> dict[str, Any]:
@@ -23,20 +31,50 @@ def preparation_of(data: Data) -> dict[str, Any]:
     return found
 
 
+def classes_of(config: FitConfig, data: Data) -> Classes | None:
+    """The classes of a conditional run, and how often each occurs in the training part (of data that stream, in the
+    held-out part); None for other runs.
+
+    Raises:
+        DataError: data without classes, or samples without one.
+        ConfigError: there is but one class.
+    """
+    if not config.conditional:
+        return None
+    if not isinstance(data, ArrayData):
+        raise DataError(f"{data.name} has no classes: leave conditional out")
+    parts = [data.heldout] if isinstance(data.train, StreamedPart) else [data.heldout, data.train]
+    labels = [part.labels for part in parts if part.labels is not None]
+    if len(labels) < len(parts):
+        raise DataError(
+            f"the samples of {data.name} have no classes: put images into a sub-folder for each class, name the column "
+            "of a table with --label, or leave conditional out"
+        )
+    missing = sum(int((found < 0).sum()) for found in labels)
+    if missing:
+        raise DataError(
+            f"{missing} samples of {data.name} have no class: label them, remove them, or leave conditional out"
+        )
+    highest = max(int(found.max()) for found in labels)
+    count = len(data.class_names) or highest + 1
+    if highest >= min(count, MOST_CLASSES):
+        raise DataError(
+            f"the labels of {data.name} go up to {highest}, with {len(data.class_names)} class names: number the "
+            f"classes from 0, {MOST_CLASSES} at most, or leave conditional out"
+        )
+    names = data.class_names or tuple(map(str, range(count)))
+    return Classes(names, tuple(torch.bincount(labels[-1], minlength=count).tolist()))
+
+
 def resolve(config: FitConfig, data: Data) -> FitConfig:
     """Fill in what was left to be chosen: steps, latent_dim.
 
     Raises:
-        ConfigError: a batch larger than the data, epochs of endless data, a kernel that does not fit the latents.
+        ConfigError: a batch larger than the data, epochs of endless data, a kernel that does not fit the latents, fewer
+            steps than growing takes.
     """
-    steps = config.steps
-    if config.epochs is not None:
-        if not isinstance(data, ArrayData):
-            raise ConfigError(f"{data.name} is endless and has no epochs: give steps")
-        steps = max(1, round(config.epochs * data.steps_per_epoch(config.batch_size)))
-    elif isinstance(data, ArrayData):
-        data.steps_per_epoch(config.batch_size)
-    steps = steps or DEFAULT_STEPS
+    schedule = Schedule(config.growing, data.shape, config.batch_size)
+    steps = schedule.checked(_steps(config, data, schedule))
     warmup = config.warmup.resolved(steps)
     if warmup.steps >= steps and config.objective.adversarial:
         raise ConfigError(f"warmup.steps {warmup.steps} leaves nothing of the {steps} steps: lower it")
@@ -44,12 +82,34 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
     if latent_dim is None:
         small = len(data.shape) == 3 and data.shape[0] == 1 and data.shape[1] <= 32
         latent_dim = data.shape[0] if len(data.shape) == 1 else 32 if small else 128
-    objective = config.objective.fitted(math.prod(data.shape))
-    objective.check(latent_dim, config.batch_size)
+    pixels = math.prod(data.shape)
+    objective = config.growing.fitted(config.objective.fitted(pixels), pixels)
+    objective.check(latent_dim, min(schedule.batches))
     network = network_for(data.shape) if config.network == "auto" else config.network
     return dataclasses.replace(
-        config, objective=objective, steps=steps, epochs=None, warmup=warmup, latent_dim=latent_dim, network=network
+        config,
+        objective=objective,
+        steps=steps,
+        epochs=None,
+        warmup=warmup,
+        latent_dim=latent_dim,
+        network=network,
+        stream="always" if isinstance(data, StreamData) else config.stream,  # a resumed run must choose the same
     )
+
+
+def _steps(config: FitConfig, data: Data, schedule: Schedule) -> int:
+    if isinstance(data, ArrayData):
+        each = data.steps_per_epoch(max(schedule.batches))
+    elif config.epochs is not None:
+        raise ConfigError(f"{data.name} is endless and has no epochs: give steps")
+    else:
+        each = 0
+    if config.epochs is None:
+        return config.steps or (schedule.steps if config.growing.on else DEFAULT_STEPS)
+    if config.growing.on and isinstance(data, ArrayData):
+        return schedule.steps_for(config.epochs * len(data.train))
+    return max(1, round(config.epochs * each))
 
 
 def load_once(config: FitConfig, peers: Alone) -> Data:

@@ -1,0 +1,124 @@
+"""What a model makes of held-out data: reconstructions and posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from introvae.data import ArrayData, Part
+from introvae.gaussian import DiagonalGaussian
+from introvae.measures.entries import BATCH, Metrics, entry
+from introvae.metrics import posterior, reconstruction
+from introvae.model import IntrospectiveVAE
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class Heldout(NamedTuple):
+    """Held-out data and, of each sample, how well it is reconstructed, and its posterior; on the CPU.
+
+    The reconstructions themselves are not kept: of large images they would fill the memory.
+
+    Arguments:
+        part: the data.
+        errors: of each reconstruction, `[N]` by the metric's name: mse and, of images, psnr_db, ssim and more.
+        posterior: of all.
+        condition: the class of each, `[N]`, where the model takes one.
+    """
+
+    part: Part
+    errors: dict[str, Tensor]
+    posterior: DiagonalGaussian
+    condition: Tensor | None = None
+
+    @property
+    def mse(self) -> Tensor:
+        """Mean squared error of each reconstruction, `[N]`."""
+        return self.errors["mse"]
+
+    def reconstruct(self, model: IntrospectiveVAE, rows: slice | list[int] = slice(None)) -> Tensor:
+        """The reconstructions of some rows, made anew."""
+        mode = self.posterior.mode[rows]
+        condition = None if self.condition is None else self.condition[rows]
+        with torch.no_grad():
+            parts = [
+                model.decode(mode[some].to(model.device), None if condition is None else condition[some]).cpu()
+                for some in (slice(start, start + BATCH) for start in range(0, len(mode), BATCH))
+            ]
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def look_at_heldout(
+    model: IntrospectiveVAE,
+    data: ArrayData,
+    *,
+    part: Part | None = None,
+    lpips: Distance | None = None,
+    batch: int = BATCH,
+) -> Heldout:
+    """Encode the held-out part and decode the modes, a batch at a time, once for all that is measured and drawn.
+
+    Arguments:
+        part: another part than the held-out one.
+        lpips: a distance of images to be measured too.
+        batch: how many at a time.
+    """
+    part = data.heldout if part is None else part
+    condition = model.condition_for(part.labels, data.class_names)
+    posteriors: list[DiagonalGaussian] = []
+    errors: dict[str, list[Tensor]] = {}
+    for start in range(0, len(part), batch):
+        x = part[slice(start, start + batch)].tensor(model.device)
+        classes = None if condition is None else condition[start : start + batch]
+        posteriors.append(model.encode(x, classes))
+        y = model.decode(posteriors[-1].mode, classes)
+        values = {"mse": reconstruction.mse(x, y)}
+        if x.ndim == 4:
+            values |= {"psnr_db": reconstruction.psnr_db(x, y), "ssim": reconstruction.ssim(x, y)}
+            if lpips is not None:
+                values["lpips"] = lpips(x, y)
+        for name, value in values.items():
+            errors.setdefault(name, []).append(value.cpu())
+    mean, logvar = (torch.cat([getattr(p, name).cpu() for p in posteriors]) for name in ("mean", "logvar"))
+    return Heldout(part, {name: torch.cat(v) for name, v in errors.items()}, DiagonalGaussian(mean, logvar), condition)
+
+
+def heldout_metrics(model: IntrospectiveVAE, heldout: Heldout, posteriors: bool = True) -> Metrics:
+    """How well held-out data are reconstructed and, where the encoder gives them, how their posteriors lie."""
+    n, images = len(heldout.part), heldout.part.x.ndim == 4
+    kind, mode = ("images", "evaluation mode, ") if images else ("vectors", "")
+    protocol = f"{n} held-out {kind}, z = mode, {mode}averaged weights; mean and std over {kind}"
+    notes = {"lpips": "; AlexNet, version 0.1, images under 64 pixels enlarged"}
+    if images:
+        sigma = reconstruction.ssim_sigma(min(heldout.part.x.shape[2:]))
+        notes["ssim"] = f"; Gaussian window with sigma {sigma}, all pixels, mirrored border"
+    values = dict(heldout.errors)
+    if posteriors:
+        values["kl_real_nats"] = heldout.posterior.kl()
+    found = {name: entry(value.tolist(), n, protocol + notes.get(name, "")) for name, value in values.items()}
+    if n > 1 and posteriors:
+        found |= _posterior(model, heldout, kind)
+    return found
+
+
+def _posterior(model: IntrospectiveVAE, heldout: Heldout, kind: str) -> Metrics:
+    n, (mean, logvar) = len(heldout.part), (heldout.posterior.mean, heldout.posterior.logvar)
+    text = (
+        f"of {model.latent_dim} latent dimensions, those whose posterior mean varies by more than "
+        f"{posterior.ACTIVE_VARIANCE} over the held-out {kind}"
+    )
+    found = {"active_units": entry([posterior.active_units(mean)], n, text)}
+    floor, text = (
+        None,
+        f"{n} held-out {kind}: KL to the prior of the Gaussian with the moments of their posteriors' mean",
+    )
+    if n > 2 * model.latent_dim:
+        draws = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        floor = posterior.aggregate_kl_nats(draws, torch.full_like(draws, -torch.inf))
+        text += f"; floor: {n} draws of the prior in the posteriors' place"
+    found["kl_aggregate_nats"] = entry([posterior.aggregate_kl_nats(mean, logvar)], n, text, floor)
+    return found

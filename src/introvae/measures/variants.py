@@ -1,0 +1,171 @@
+"""The same model in training mode or with its raw weights, measured on the same data and latents as the saved one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from introvae.data import ArrayData, Density
+from introvae.errors import DataError
+from introvae.measures.heldout import Heldout, look_at_heldout
+from introvae.measures.sets import SURE, Sets, decoded
+from introvae.metrics import histogram
+from introvae.metrics.collect import Collected, Wanted, collect
+from introvae.metrics.frechet import frechet_distance
+from introvae.model import IntrospectiveVAE
+
+Values = dict[str, float]
+
+
+class Yardstick(Protocol):
+    """What variants of a model are measured by: `saved` holds the saved model's values, `protocol` how."""
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def protocol(self) -> str: ...
+
+    @property
+    def saved(self) -> Values: ...
+
+    def measure(self, model: IntrospectiveVAE, batch: int) -> Values: ...
+
+
+@dataclass(frozen=True)
+class SetYardstick:
+    """Held-out images or rows, and samples of fixed latents.
+
+    Arguments:
+        data: where the held-out part comes from.
+        sets: what was found of the saved model's samples, and of the real data.
+        heldout: what was found of its reconstructions; None where its encoder is none.
+        posteriors: whether the encoder gives them.
+    """
+
+    data: ArrayData
+    sets: Sets
+    heldout: Heldout | None
+    posteriors: bool = True
+
+    @property
+    def n(self) -> int:
+        """So many held-out samples, and so many draws."""
+        return self.sets.compared
+
+    @property
+    def protocol(self) -> str:
+        """How it is measured."""
+        held = "" if self.heldout is None else f"{self.n} held-out samples, z = mode, and "
+        return f"{held}{self.n} latents, the same ones as for the saved model"
+
+    @property
+    def saved(self) -> Values:
+        """The saved model's values; nothing is computed anew but means and distances."""
+        return self._values(self.heldout, self.sets.rows[: self.n], self.sets.early)
+
+    def measure(self, model: IntrospectiveVAE, batch: int) -> Values:
+        """Another model's values."""
+        found = None
+        if self.heldout is not None:
+            found = look_at_heldout(model, self.data, part=self.sets.unseen[slice(self.n)], batch=batch)
+        wanted = [Wanted(space, self.n) for space, _ in self.sets.spaces.values()]
+        samples = collect(decoded(model, self.sets.latents, self.sets.condition), wanted, self.n, batch=batch)
+        return self._values(found, torch.arange(self.n), samples)
+
+    def _values(self, heldout: Heldout | None, rows: Tensor, samples: Collected) -> Values:
+        values: Values = {}
+        if heldout is not None:
+            values = {name: e[rows].mean().item() for name, e in heldout.errors.items() if name != "lpips"}
+            if self.posteriors:
+                values["kl_real_nats"] = heldout.posterior.kl()[rows].mean().item()
+        for name in self.sets.spaces:
+            ours, real = samples.spaces[name], self.sets.train.spaces[name]
+            assert ours.sums is not None
+            assert real.sums is not None
+            values[f"frechet_{name}"] = frechet_distance(ours.sums, real.sums)
+            if name in self.sets.known_classes:
+                values[f"confident_share_{name}"] = ours.confident(SURE)
+        return values
+
+
+class PlaneYardstick:
+    """Points of a density, and samples of fixed latents.
+
+    Arguments:
+        model: the saved one.
+        density: where the real points come from.
+        n: real points, and samples.
+        seed: of both.
+    """
+
+    def __init__(self, model: IntrospectiveVAE, density: Density, n: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.n, self.extent = n, density.extent
+        self.real = density.sample(n, generator)
+        self.latents = torch.randn(n, model.latent_dim, generator=generator)
+        self.condition = model.draw_condition(n, generator)
+        self.protocol = (
+            f"soft_introvae: {n} real points and samples of {n} latents, the same ones as for the saved model"
+        )
+        self.saved = self.measure(model, n)
+
+    @torch.no_grad()
+    def measure(self, model: IntrospectiveVAE, batch: int) -> Values:
+        """A model's values."""
+        read = decoded(model, self.latents, self.condition)
+        fake = torch.cat([read(start, start + batch).cpu() for start in range(0, self.n, batch)])
+        values = histogram.soft_introvae_kl_jsd(self.real, fake, self.extent)
+        return dict(zip(("kl_soft_introvae", "jsd_soft_introvae"), values, strict=True))
+
+
+def measure_variants(
+    model: IntrospectiveVAE, yardstick: Yardstick, raw: Mapping[str, Tensor] | None, batch: int, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """The main metrics of the saved model in training mode, and of the weights that were not averaged.
+
+    The saved model itself is left as it is: what running statistics a pass in training mode would change are a copy's.
+
+    Arguments:
+        model: the saved one, in evaluation mode.
+        yardstick: what was found of it.
+        raw: the weights at the end of the training, where they are known.
+        batch: of the training: in training mode, a batch normalisation takes its statistics from so many.
+        seed: of what is random in training mode, such as a dropout.
+
+    Returns:
+        {variant: {metric: {"value", "saved", "gap", "n", "protocol"}}}; "saved" is the saved model's value on the same
+        data and latents, "gap" the difference as a share of it. A variant that makes no finite values is left out.
+    """
+    while yardstick.n > 1 and yardstick.n % batch == 1:
+        batch += 1  # a last batch of one has no statistics
+    found = {}
+    for name, weights, training in (("training mode", None, True), ("raw weights", raw, False)):
+        if name == "raw weights" and raw is None:
+            continue
+        variant = copy.deepcopy(model)
+        if weights is not None:
+            variant.load_state_dict(dict(weights))
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            try:
+                values = yardstick.measure(variant.train(training), batch)
+            except DataError:
+                continue
+        how = f"saved weights in training mode, batches of {batch}" if training else "last weights, evaluation mode"
+        found[name] = {
+            metric: _entry(values[metric], saved, yardstick.n, f"{how}; {yardstick.protocol}")
+            for metric, saved in yardstick.saved.items()
+        }
+    return found
+
+
+def _entry(value: float, saved: float, n: int, protocol: str) -> dict[str, Any]:
+    gap = {"gap": (value - saved) / abs(saved)} if saved else {}
+    return {"value": value, "saved": saved, **gap, "n": n, "protocol": protocol}
