@@ -196,7 +196,8 @@ class Hand:
         self._follow("gap", fake - real)
         relative = self.means["gap"] / max(self.means["kl"], 0.1)
         outside = min(relative, 0.0) if relative < 0 else max(relative - 0.5, 0.0)
-        self.exponent *= math.exp(min(max(0.5 * outside, -0.04), 0.04))
+        inside = 0.02 * math.log(1.5 / self.exponent) if outside == 0 else 0.0
+        self.exponent *= math.exp(inside + min(max(0.5 * outside, -0.04), 0.04))
         self.exponent = min(max(self.exponent, 1.0), 10.0)
         return self.value()
 
@@ -263,6 +264,22 @@ def test_the_exponent_stays_in_its_bounds(kl: float, fake: float) -> None:
     rule, value = Gap(SoftIntroVAE(), 0.5, "cpu"), torch.tensor(0.1)
     found = [beta_neg * max(kl, 0.1) for beta_neg in shown(rule, [(kl, kl * fake)] * 300, value)]
     assert all(1.0 * (1 - 1e-5) <= exponent <= 10.0 * (1 + 1e-5) for exponent in found)
+
+
+@pytest.mark.parametrize(
+    ("first", "factor", "home"), [(50.0, 1.0, 1.5), (1.0, 1.0, 1.5), (50.0, 2.0, 3.0), (1.0, 9.0, 10.0)]
+)
+def test_inside_the_band_the_exponent_goes_back_to_its_start(first: float, factor: float, home: float) -> None:
+    rule, value = Gap(SoftIntroVAE(), 0.5, "cpu"), torch.tensor(0.1)
+    found = [2 * beta_neg for beta_neg in shown(rule, [(2.0, first)] * 20, value)]
+    assert abs(math.log(found[-1] / 1.5)) > 0.3
+    rule.multiply(factor)  # the guard's change is of what is aimed at
+    found = [2 * beta_neg for beta_neg in shown(rule, [(2.0, 2.2)] * 600, value)]
+    away = [abs(math.log(exponent / home)) for exponent in found]
+    steady = away.index(max(away[20:]))  # the average of the gap forgets first
+    for index in range(steady, steady + 50):
+        assert away[index + 1] == pytest.approx(0.98 * away[index], rel=1e-3, abs=1e-5)
+    assert found[-1] == pytest.approx(home, rel=1e-3)
 
 
 def test_beta_neg_follows_kl_real_so_that_the_exponent_stays() -> None:
