@@ -20,6 +20,7 @@ from PIL import Image
 from commands import Command, Refused, Said, call, one_line
 from introvae import IntrospectiveVAE, Run
 from introvae.cli import COMMANDS
+from introvae.comparison import plan as plan  # before a test moves the recipes' folder
 from introvae.training import config as settings
 
 SCRIPT = Path(sys.executable).parent / "introvae"

@@ -61,7 +61,7 @@ def test_a_thread_changes_no_input(source: Callable[[], Batches], flip: bool) ->
     expected = taken(feed(source(), flip=flip))
     with feed(source(), flip=flip) as threaded:
         assert_same(taken(threaded), expected)
-    assert len({x.sum().item() for x, _ in expected}) == STEPS
+    assert len({one.x.sum().item() for one in expected}) == STEPS
 
 
 def test_images_arrive_in_0_to_1_and_noise_in_the_shapes_of_a_step() -> None:
@@ -69,7 +69,7 @@ def test_images_arrive_in_0_to_1_and_noise_in_the_shapes_of_a_step() -> None:
     x, noise, _ = feed().next()
     assert torch.equal(x, batches.stored().float() / 255)
     assert [tuple(draws.shape) for draws in noise] == [(N, 2), (N, 2), (2 * N, 2), (2 * N, 2)]
-    again, draws = feed(seed=8).next()
+    again, draws, _ = feed(seed=8).next()
     assert torch.equal(again, x)
     assert not torch.equal(draws.real, noise.real)
 
@@ -203,7 +203,7 @@ def test_another_data_set_s_state_is_refused() -> None:
 def test_rows_share_a_batch_out(share: int, flip: bool) -> None:
     whole = taken(feed(flip=flip))
     parts = [taken(feed(rows=slice(start, start + share), flip=flip)) for start in range(0, N, share)]
-    for index, (x, noise) in enumerate(whole):
+    for index, (x, noise, _) in enumerate(whole):
         given = [part[index] for part in parts]
         assert torch.equal(torch.cat([one.x for one in given]), x)
         for name in ("real", "prior"):

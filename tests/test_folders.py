@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from introvae.data import (
+    HUB_NAME,
     ArrayData,
     DataOptions,
     Intake,
@@ -31,6 +32,7 @@ from introvae.data import survey as survey_module
 from introvae.data.arrays import heldout_rows, set_apart
 from introvae.data.options import slice_range
 from introvae.data.preparation import automatic_size
+from introvae.data.rows import RowSource, used_splits
 from introvae.errors import CheckpointError, ConfigError, DataError
 from unprepared import SKIPPED, USED, write_odd_files
 
@@ -1105,3 +1107,26 @@ def test_unusual_pictures_are_named_with_what_was_done(tmp_path: Path):
     assert "CMYK to RGB" in found["odd/print.jpg"]
     assert "through the window" in found["odd/deep.png"]
     assert "first of 2 frames" in found["odd/moving.gif"]
+
+
+def test_a_hub_name_may_name_a_configuration_and_extra_parts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[object, ...]] = []
+
+    def stand_in(*words: object, streaming: bool) -> dict[str, object]:
+        asked.append(words)
+        rows = {"image": [Image.new("L", (8, 8), shade) for shade in (10, 20)], "label": [0, 1]}
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+        part = datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset()
+        return {"train": part, "test": part, "extra": part}
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    source = RowSource("owner/name:small", "owner/name:small", DataOptions())
+    assert asked == [("owner/name", "small")]
+    assert [item.split for item in source.items()] == ["train", "train", "test", "test"]
+        ("test", "test")
+    ] * 2
+    assert used_splits({"extra": 1}) == {"extra": 1}
+    assert HUB_NAME.fullmatch("owner/name:small")
+    assert not HUB_NAME.fullmatch("density:rings")

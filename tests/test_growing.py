@@ -138,11 +138,11 @@ def test_batches_have_the_size_of_their_level_and_resume_in_the_midst(threaded: 
 
     whole = feed()
     expected = [whole.next() for _ in LEVELS]
-    assert [len(x) for x, _ in expected] == [batch for _, batch, _, _ in LEVELS]
-    assert [len(noise.fakes) for _, noise in expected] == [2 * batch for _, batch, _, _ in LEVELS]
+    assert [len(one.x) for one in expected] == [batch for _, batch, _, _ in LEVELS]
+    assert [len(one.noise.fakes) for one in expected] == [2 * batch for _, batch, _, _ in LEVELS]
     for step, parts in enumerate(zip(*[[part.next() for _ in LEVELS] for part in (feed(0), feed(1))], strict=True)):
-        assert torch.equal(torch.cat([x for x, _ in parts]), expected[step].x)
-        assert torch.equal(torch.cat([noise.prior for _, noise in parts]), expected[step].noise.prior)
+        assert torch.equal(torch.cat([own.x for own in parts]), expected[step].x)
+        assert torch.equal(torch.cat([own.noise.prior for own in parts]), expected[step].noise.prior)
     first = feed()
     if threaded:
         with first:

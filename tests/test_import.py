@@ -35,7 +35,7 @@ LAYERS = [
     {"precision"},
     {"machine"},
     {"extras", "parallel"},
-    {"gaussian", "networks", "data", "metrics", "pictures", "augment"},
+    {"gaussian", "networks", "data", "metrics", "pictures", "augment", "classes"},
     {"objectives", "model"},
     {"players"},
     {"step"},

@@ -476,7 +476,7 @@ class OfClass(nn.Module):
         self.decodes, self.weight = decodes, nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        level = self.weight * condition.argmax(dim=1).float() / 4
+        level = self.weight * condition.float() / 4
         if self.decodes:
             return level[:, None, None, None].expand(-1, 1, 8, 8) + 0.01 * x[:, :1, None, None].tanh().abs()
         return torch.stack([level, level], dim=1), torch.zeros(len(x), 2)

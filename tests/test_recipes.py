@@ -307,15 +307,17 @@ def test_the_networks_have_the_published_size(name: str) -> None:
         assert counted == weights(shape, z, ours.network_options["channels"])
 
 
+QUICK = ("mnist-softintrovae-published", "cifar10-vae-baseline", "mnist-wgangp-baseline")
+"""Of which the planner is asked in every test; of the others in the slow ones."""
+
+
 def planned(name: str, precision: str) -> float:
     ours, (_, shape, _) = config(name), SETS[kind(name)]
     model = IntrospectiveVAE.build(shape, ours.network, ours.latent_dim or 0, **ours.network_options)
     return Plan(ours, shape, model, precision).step_bytes(ours.batch_size) / 2**30
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if SETS[kind(n)][1][1] <= 32 else pytest.mark.slow) for n in PAPERS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PAPERS])
 def test_the_memory_in_the_head_is_the_planner_s(name: str) -> None:
     told = re.match(r"([\d.]+) and ([\d.]+) GiB of tensors in bf16 and float32", facts(name)["cost"])
     assert told
@@ -365,9 +367,11 @@ def trained(short: FitConfig, name: str) -> Trainer:
         for _ in range(trainer.steps):
             trainer._one_step()
             assert all(torch.isfinite(value).all() for value in trainer._record.values())
+    # WGAN-GP's loss is of differences of scores, so no gradient reaches what adds the same to all of them.
+    without = {"encoder.head.bias"} if isinstance(short.objective, WGANGP) else set()
     for key, p in trainer.model.named_parameters():
         assert torch.isfinite(p).all(), key
-        assert (p != before[key]).any(), f"{key} was not trained"
+        assert bool((p != before[key]).any()) != (key in without), key
     return trainer
 
 

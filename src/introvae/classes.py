@@ -222,21 +222,19 @@ class Samples(NamedTuple):
     """What the samples of a command are to be.
 
     Arguments:
-        count: their number.
-        condition: int64 `[count]`, or None for a model without classes.
-        names: of single pictures' files.
+        condition: int64 `[N]`, or None for a model without classes.
+        names: `[N]`, of single pictures' files.
         columns: of a sheet; None for as many as rows.
     """
 
-    count: int
     condition: Tensor | None
     names: list[str]
     columns: int | None
 
     def parts(self, size: int) -> list[tuple[int, Tensor | None]]:
         """Number and condition, at most `size` at a time."""
-        conditions = parts_of(self.condition, self.count, size)
-        return [(min(size, self.count - size * i), part) for i, part in enumerate(conditions)]
+        n = len(self.names)
+        return [(min(size, n - size * i), part) for i, part in enumerate(parts_of(self.condition, n, size))]
 
 
 def samples_of(classes: Classes | None, label: str | None, count: int) -> Samples:
@@ -256,4 +254,4 @@ def samples_of(classes: Classes | None, label: str | None, count: int) -> Sample
     if classes is not None and condition is not None:
         words = [re.sub(r"[^\w.-]+", "-", name) for name in classes.names]
         names = [f"{name}_{words[index]}" for name, index in zip(names, condition.tolist(), strict=True)]
-    return Samples(count, condition, [f"{name}.png" for name in names], columns)
+    return Samples(condition, [f"{name}.png" for name in names], columns)

@@ -230,6 +230,17 @@ def _sample(words: list[str]) -> None:
     print(write_samples(torch.cat(drawn), Path(own.output), asked.names, asked.columns, model))
 
 
+def _with_latents(run: Run) -> Run:
+    """The run itself; raises `ConfigError` where its encoder gives no latents."""
+    objective = run.config().objective
+    if objective.encodes == "nothing":
+        raise ConfigError(
+            f"{run.folder} is a {type(objective).__name__}'s, whose encoder gives no latents: take introvae sample, or "
+            "a run of another objective"
+        )
+    return run
+
+
 def _reconstruct(words: list[str]) -> None:
     import torch
 

@@ -95,7 +95,7 @@ def evaluate(
     report: dict[str, Any] = {
         **_facts(run, config, loaded, rows),
         "page": path.with_suffix(".html").name,
-        "metrics": {**before.get("metrics", {}), **_only(metrics, found.metrics)},
+        "metrics": {**before.get("metrics", {}), **{name: found.metrics[name] for name in metrics or found.metrics}},
     }
     if found.yardstick is not None:
         variants = measure_variants(model, found.yardstick, _raw_weights(run, model), config.batch_size, seed)

@@ -41,7 +41,8 @@ __all__ = [
     "read_rows",
 ]
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+)?")
+"""owner/name, or owner/name:configuration."""
 SAID = 10
 """How many skipped files are named on the terminal."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from introvae.data.options import DataOptions
 from introvae.data.sources import HELDOUT_SPLITS, SPLIT_WORDS, File, Files, Item, parquet_files
@@ -54,12 +54,22 @@ class ParquetSource(Files):
         return self.rows.items()
 
 
+Found = TypeVar("Found")
+
+
+def used_splits(splits: dict[str, Found]) -> dict[str, Found]:
+    """The splits that are data: where one is for training, none with a name of its own ("extra", "unsupervised")."""
+    known = {name: split for name, split in splits.items() if name in SPLIT_WORDS}
+    return known if "train" in {SPLIT_WORDS[name] for name in known} else splits
+
+
 class RowSource:
     """Rows of a data set that `datasets` can stream: a name on the hub, or Parquet files.
 
     Arguments:
         name: what `--data` was.
-        builder: what `datasets.load_dataset` takes.
+        builder: what `datasets.load_dataset` takes; where it is a name on the hub, a configuration may follow it, as in
+            owner/name:configuration.
 
     Raises:
         DataError: no such data set, or no image column in it.
@@ -70,8 +80,10 @@ class RowSource:
         import datasets
 
         self.name = name
+        builder, _, configuration = builder.partition(":")
         with _quiet(), _reading(name):
-            self.parts: dict[str, Any] = dict(datasets.load_dataset(builder, streaming=True, **arguments).items())
+            found: Any = datasets.load_dataset(builder, configuration or None, streaming=True, **arguments)
+            self.parts: dict[str, Any] = used_splits(dict(found.items()))
             first = next(iter(self.parts.values()))
             self.features: dict[str, Any] = dict(first.features or next(iter(first.take(1)), {}))
         names = list(self.features)
@@ -99,7 +111,7 @@ class RowSource:
         from huggingface_hub import dataset_info
 
         with _reading(self.name):
-            return f"{self.name}@{dataset_info(self.name).sha}"
+            return f"{self.name}@{dataset_info(self.name.partition(':')[0]).sha}"
 
     def items(self) -> Iterator[Item]:
         import datasets

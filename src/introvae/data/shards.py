@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from introvae.data.options import DataOptions
-from introvae.data.rows import ParquetSource, RowSource
+from introvae.data.rows import ParquetSource, RowSource, used_splits
 from introvae.data.scans import is_scan
 from introvae.data.sources import (
     HELDOUT_SPLITS,
@@ -372,8 +372,10 @@ def hub_shards(name: str, options: DataOptions) -> ParquetShards:
     import datasets
 
     try:
-        config: Any = datasets.load_dataset_builder(name).config
-        files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
+        repository, _, configuration = name.partition(":")
+        config: Any = datasets.load_dataset_builder(repository, configuration or None).config
+        found: dict[Any, Any] = config.data_files or {}
+        files = used_splits({str(split): [str(file) for file in its] for split, its in found.items()})
     except Exception as error:  # datasets and the hub each raise types of their own
         raise DataError(f"{name} cannot be read as image data: {first_line(error)}; give a folder or file") from error
     kinds = Counter(Path(file).suffix for found in files.values() for file in found)
