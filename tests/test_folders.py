@@ -1125,8 +1125,6 @@ def test_a_hub_name_may_name_a_configuration_and_extra_parts_are_left_out(monkey
     source = RowSource("owner/name:small", "owner/name:small", DataOptions())
     assert asked == [("owner/name", "small")]
     assert [item.split for item in source.items()] == ["train", "train", "test", "test"]
-        ("test", "test")
-    ] * 2
     assert used_splits({"extra": 1}) == {"extra": 1}
     assert HUB_NAME.fullmatch("owner/name:small")
     assert not HUB_NAME.fullmatch("density:rings")

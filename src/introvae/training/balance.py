@@ -111,8 +111,8 @@ class Gap:
 
     What the encoder's push depends on is the exponent alpha s beta_neg KL. It begins at `START` and beta_neg follows
     KL(real) so that it stays there. When KL(fake) falls under KL(real), the adversary sleeps, and the exponent falls
-    towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to `MOST`. Inside the band it
-    goes back to where it began: what a moment needed, such as the first steps against a decoder that knows no
+    towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to `MOST`. Inside the
+    band it goes back to where it began: what a moment needed, such as the first steps against a decoder that knows no
     adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
 
     Arguments:
