@@ -189,11 +189,12 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
             "train",
             "heldout",
         ),
-        *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension"),
+        *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension", "variants"),
     }
     assert set(report["metrics"]) == {
-        *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),
-        *("precision_pixels", "recall_pixels", "confident_share", "class_entropy_nats"),
+        *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "kl_aggregate_nats"),
+        *("frechet_thumb", "frechet_randconv", "msssim_pairs", "confident_share", "class_entropy_nats"),
+        *("precision_pixels", "recall_pixels", "density_pixels", "coverage_pixels"),
     }
     for entry in report["metrics"].values():
         assert set(entry) <= {"value", "std", "n", "protocol", "floor"}

@@ -44,17 +44,17 @@ PICTURES = {
     "vectors": {"columns", "errors", "latent", "curves"},
     "plane": {"overview", "curves"},
 }
+VECTOR_METRICS = {"mse", "kl_real_nats", "active_units", "kl_aggregate_nats", "frechet_values"}
+IMAGE_METRICS = {
+    *("mse", "psnr_db", "ssim", "kl_real_nats", "active_units", "kl_aggregate_nats"),
+    *("frechet_thumb", "frechet_randconv", "msssim_pairs"),
+    *("precision_pixels", "recall_pixels", "density_pixels", "coverage_pixels"),
+}
 METRICS_OF = {
-    "digits": {
-        *("mse", "psnr_db", "ssim", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),
-        *("precision_pixels", "recall_pixels", "confident_share", "class_entropy_nats"),
-    },
-    "folder": {
-        *("mse", "psnr_db", "ssim", "kl_real_nats", "active_units", "frechet_thumb", "frechet_randconv"),
-        *("precision_pixels", "recall_pixels"),
-    },
-    "table": {"mse", "kl_real_nats", "active_units", "frechet_values"},
-    "vectors": {"mse", "kl_real_nats", "active_units", "frechet_values"},
+    "digits": {*IMAGE_METRICS, "confident_share", "class_entropy_nats"},
+    "folder": IMAGE_METRICS,
+    "table": VECTOR_METRICS,
+    "vectors": VECTOR_METRICS,
     "plane": {"kl_soft_introvae", "jsd_soft_introvae", "kl_nats", "jsd_nats", "energy_distance", "gnelbo"},
 }
 
