@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from introvae import ConfigError
+from introvae import ConfigError, IntrospectiveVAE
+from introvae.data import from_array
 from introvae.metrics.neighbours import nearest
+from introvae.report.neighbours import SHOWN, neighbours
 
 QUERY = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
 SET = torch.randn(53, 2, 3, generator=torch.Generator().manual_seed(1))
@@ -45,3 +49,48 @@ def test_bad_input_is_named() -> None:
         nearest(QUERY, [SET], 1, distance="manhattan")
     with pytest.raises(ConfigError, match="k is 0"):
         nearest(QUERY, [SET], 0)
+
+
+class Copies(nn.Module):
+    """A decoder that has learnt its training images by heart."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("images", images)
+
+    def forward(self, z: Tensor) -> Tensor:
+        images = self.get_buffer("images")
+        return images[(z[:, 0].abs() * 1000).long() % len(images)]
+
+
+class Encodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale * x.flatten(1)[:, :2], x.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 7, 7), (1, 28, 28)])
+def test_the_report_finds_a_model_out_that_copies(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, *shape), dtype=np.uint8)
+    data = from_array(pixels, name="noise")
+    copies = IntrospectiveVAE(Encodes(), Copies(data.train.tensor()), latent_dim=2)
+    picture, facts = neighbours(copies, data)
+    assert facts["searched"] == len(data.train)
+    assert facts["n"] == 200
+    for kind in ("pixels", "features"):
+        assert facts[kind]["samples"] == pytest.approx(0.0, abs=1e-6)
+        assert facts[kind]["heldout"] > 1e-4
+    sheet = np.asarray(picture.convert("L"))
+    assert sheet.shape[1] > 8 * 48
+    other = IntrospectiveVAE(Encodes(), Copies(data.heldout.tensor()), latent_dim=2)
+    _, facts = neighbours(other, data)
+    assert facts["pixels"]["samples"] == pytest.approx(facts["pixels"]["heldout"], rel=0.1)
+
+
+def test_few_training_images_are_no_fault() -> None:
+    data = from_array(np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8), name="three")
+    _, facts = neighbours(IntrospectiveVAE(Encodes(), Copies(data.train.tensor()), latent_dim=2), data)
+    assert facts["searched"] == len(data.train) < SHOWN

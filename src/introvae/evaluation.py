@@ -23,6 +23,7 @@ from introvae.metrics.perceptual import lpips_distance
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.pictures import save_picture
 from introvae.report import figures
+from introvae.report.neighbours import neighbours
 from introvae.report.page import render
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig
@@ -223,6 +224,9 @@ def _draw(
         drawn["overview"] = overview
     if images:
         draw("samples", figures.samples(model))
+    if images and isinstance(data, ArrayData) and min(len(data.train), len(data.heldout)) > 0:
+        picture, more["neighbours"] = neighbours(model, data)
+        draw("neighbours", picture)
     if isinstance(data, ArrayData) and heldout is not None:
         more["worst"] = _draw_reconstructions(model, data, heldout, draw)
         if encodes == "posterior":

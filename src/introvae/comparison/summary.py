@@ -20,7 +20,10 @@ from introvae.training.fit import MACHINES, flat
 from introvae.training.run import Run
 
 PLANE = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma")
-OTHERS = ("psnr_db", "mse", "frechet_randconv", "frechet_thumb", "frechet_values", "recall_pixels", "confident_share")
+OTHERS = (
+    *("psnr_db", "mse", "frechet_mnist", "frechet_cifar10", "frechet_randconv", "frechet_thumb", "frechet_values"),
+    *("recall_mnist", "recall_cifar10", "recall_pixels", "confident_share_mnist", "confident_share"),
+)
 TITLES = {
     "kl_soft_introvae": "KL",
     "jsd_soft_introvae": "JSD",
@@ -28,11 +31,16 @@ TITLES = {
     "share_within_3_sigma": "within 3 sigma",
     "psnr_db": "PSNR, dB",
     "mse": "MSE",
+    "frechet_mnist": "Fréchet (mnist)",
+    "frechet_cifar10": "Fréchet (cifar10)",
     "frechet_randconv": "Fréchet (randconv)",
     "frechet_thumb": "Fréchet (thumb)",
     "frechet_values": "Fréchet (values)",
-    "recall_pixels": "recall",
-    "confident_share": "confident",
+    "recall_mnist": "recall (mnist)",
+    "recall_cifar10": "recall (cifar10)",
+    "recall_pixels": "recall (pixels)",
+    "confident_share_mnist": "sure (mnist)",
+    "confident_share": "sure (pixels)",
 }
 """Columns of the tables; all other metrics are in the JSON."""
 

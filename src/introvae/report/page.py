@@ -15,6 +15,8 @@ MOST = 200
 CAPTIONS = {
     "overview": "Held-out data, their reconstructions, and draws from the prior.",
     "samples": "More samples: latents drawn from the prior, decoded. Nothing was selected.",
+    "neighbours": "Each sample beside the training images that are nearest to it. A model that had learnt images by "
+    "heart would draw one of them.",
     "ranked": "Held-out images beside their reconstructions, sorted by squared error: the best, the middle, the worst.",
     "interpolation": "Each row goes from one held-out image (far left) to another (far right); between them the way "
     "through the latent space, decoded.",
@@ -101,6 +103,13 @@ def render(report: dict[str, Any], folder: Path, settings: str, environment: Seq
 def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
     if name == "curves" and report["objective"] == "VAE":
         return "Training. A VAE has no adversary: the KL of fakes is only looked at."
+    if name == "neighbours":
+        its = report["neighbours"]
+        far = [f"{number(its[kind][part])}" for kind in ("pixels", "features") for part in ("samples", "heldout")]
+        return (
+            f"{caption} Median distance to the nearest of {its['searched']:,} training images: by pixels {far[0]} "
+            f"(held-out images {far[1]}), by 1 - cosine in {its['space']} {far[2]} (held-out images {far[3]})."
+        )
     return caption
 
 
