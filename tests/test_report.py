@@ -36,7 +36,7 @@ from unprepared import USED, write_odd_files
 
 ODD_NAME = "<b>&.png"
 KINDS = ("digits", "folder", "table", "plane", "vectors")
-IMAGES = {"overview", "samples", "ranked", "interpolation", "errors", "latent", "curves"}
+IMAGES = {"overview", "samples", "neighbours", "ranked", "interpolation", "errors", "latent", "curves"}
 PICTURES = {
     "digits": IMAGES,
     "folder": IMAGES,

@@ -251,8 +251,10 @@ def _draw_reconstructions(
         shown = part[torch.tensor(rows)].tensor()
         draw("ranked", figures.ranked(shown, heldout.reconstruct(model, rows), range(len(rows))))
         if n >= 2:
-            ends = part[slice(2 * min(figures.PAIRS, n // 2))].tensor(model.device)
-            draw("interpolation", figures.interpolations(model, ends).convert("RGB"))
+            ends = slice(2 * min(figures.PAIRS, n // 2))
+            condition = None if heldout.condition is None else heldout.condition[ends]
+            ways = figures.interpolations(model, part[ends].tensor(model.device), condition)
+            draw("interpolation", ways.convert("RGB"))
         draw("errors", figures.error_histogram(heldout.errors["psnr_db"], "PSNR of held-out images, dB"))
     else:
         samples = model.sample(n, torch.Generator().manual_seed(0)).cpu()

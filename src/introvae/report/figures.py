@@ -42,9 +42,14 @@ def ranked(x: Tensor, y: Tensor, order: Sequence[int], columns: int = COLUMNS) -
     return labelled_rows(blocks, columns=2 * count)
 
 
-def interpolations(model: IntrospectiveVAE, x: Tensor) -> Image:
-    """Ways through the latent space between neighbouring images of `x: [2 N, C, H, W]`, a row each, ends included."""
-    ways = model.interpolate(x[0::2], x[1::2], steps=STEPS)
+def interpolations(model: IntrospectiveVAE, x: Tensor, condition: Tensor | None = None) -> Image:
+    """Ways through the latent space between neighbouring images of `x: [2 N, C, H, W]`, a row each, ends included.
+
+    Arguments:
+        condition: the class of each image, where the model takes one.
+    """
+    of_ends = (None, None) if condition is None else (condition[0::2], condition[1::2])
+    ways = model.interpolate(x[0::2], x[1::2], STEPS, False, *of_ends)
     rows = torch.cat([x[0::2, None].to(ways), ways, x[1::2, None].to(ways)], dim=1)
     return image_grid(rows.flatten(0, 1), columns=STEPS + 2)
 
