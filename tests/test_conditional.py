@@ -31,6 +31,7 @@ from introvae import (
     Run,
     SoftIntroVAE,
     Warmup,
+    evaluate,
     fit,
     from_array,
 )
@@ -39,7 +40,7 @@ from introvae.classes import Classes, named, samples_of
 from introvae.data import ArrayData, DataOptions, load_data
 from introvae.errors import CheckpointError
 from introvae.networks import build_network, use_gradient_checkpointing
-from introvae.networks.conditional import SIDE, ConditionalEncoder
+from introvae.networks.conditional import SIDE, Conditional, ConditionalEncoder
 from introvae.parallel import Alone
 from introvae.step import step_class
 from introvae.training.feed import Feed
@@ -49,7 +50,7 @@ from introvae.training.planner import Plan
 from introvae.training.preview import preview
 from introvae.training.resolve import classes_of
 from lockstep import in_lockstep
-from test_capture import Recorder
+from test_capture import Recorder, gpu
 from test_runs import assert_same, assert_same_run, last_state, rewound
 from test_step import AS_C, CASES, LR, assert_close, capture, count_calls
 
@@ -84,9 +85,21 @@ def build(network: str = "mlp", classes: int | list[str] | None = K, seed: int =
     return model
 
 
+def table(player: nn.Module) -> Tensor:
+    """The learned rows of the classes, `[K, D]`."""
+    assert isinstance(player, Conditional)
+    return player.labels.weight
+
+
+def inner(player: nn.Module) -> nn.Module:
+    """The network that knows of no classes."""
+    assert isinstance(player, Conditional)
+    return player.network
+
+
 def unlike(model: IntrospectiveVAE) -> IntrospectiveVAE:
     """The same with images of the classes that are no longer equal."""
-    rows = model.encoder.labels.weight
+    rows = table(model.encoder)
     rows.data.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(4), dtype=rows.dtype))
     return model
 
@@ -180,7 +193,7 @@ def test_shares_mix_classes() -> None:
     shares = torch.nn.functional.one_hot(GIVEN, K).double()
     assert torch.allclose(model.encode(x, shares).mean, model.encode(x, GIVEN).mean)
     assert torch.allclose(model.decode(noise.prior, shares), model.decode(noise.prior, GIVEN))
-    half = model.decoder.network(torch.cat([noise.prior, model.decoder.labels.weight[:2].mean(0).expand(N, -1)], 1))
+    half = inner(model.decoder)(torch.cat([noise.prior, table(model.decoder)[:2].mean(0).expand(N, -1)], 1))
     assert torch.allclose(model.decode(noise.prior, torch.tensor([[0.5, 0.5, 0.0]]).expand(N, K)), half)
 
 
@@ -328,7 +341,7 @@ def trained(
 def test_gradients_reach_the_classes_of_the_batch_and_no_others(name: str, network: str) -> None:
     model = build(network)
     step = step_class(OBJECTIVES[name])(model, OBJECTIVES[name])
-    rows = {"encoder": model.encoder.labels.weight, "decoder": model.decoder.labels.weight}
+    rows = {"encoder": table(model.encoder), "decoder": table(model.decoder)}
     found: dict[str, Tensor] = {}
     for player, optimizer in (("encoder", step.encoder_optimizer), ("decoder", step.decoder_optimizer)):
 
@@ -347,7 +360,7 @@ def test_gradients_reach_the_classes_of_the_batch_and_no_others(name: str, netwo
 
 def test_a_conditional_step_makes_no_pass_more() -> None:
     model = build("mlp")
-    encodes, decodes = count_calls(model.encoder.network), count_calls(model.decoder.network)
+    encodes, decodes = count_calls(inner(model.encoder)), count_calls(inner(model.decoder))
     IntrospectiveStep(model, SoftIntroVAE(gamma_r=1.0))(*batch(model), condition=GIVEN)
     assert (encodes, decodes) == ([4, 8, 8], [8, 8, 8])
 
@@ -404,6 +417,40 @@ def test_a_captured_step_is_told_the_classes_of_each_batch(name: str) -> None:
         assert torch.equal(condition, kept)
         assert_same(captured.state_dict(), plain.state_dict())
     assert recorder.plays == 4
+
+
+@gpu
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_a_gpu_s_graph_reads_the_classes_of_each_batch(network: str) -> None:
+    steps = [
+        IntrospectiveStep(unlike(build(network)).float().cuda(), OBJECTIVES["soft"], lr=1e-5, capturable=True)
+        for _ in range(2)
+    ]
+    plain, captured = steps[0], CapturedStep(steps[1])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(EAGER_STEPS + 6):
+        x = torch.rand(N, *NETWORKS[network][0], generator=generator).cuda()
+        noise = Noise.draw(N, Z, generator, device="cuda")
+        condition = torch.randint(K, (N,), generator=generator).cuda()
+        ours, theirs = captured(x, noise, condition=condition), plain(x, noise, condition=condition)
+        for name, value in theirs.items():
+            assert ours[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert all(kind.play is not None for kind in captured._kinds.values())
+
+
+@pytest.mark.parametrize("network", ["conv", "residual", "style"])
+def test_a_class_is_not_rounded_where_layers_compute_in_bf16(network: str) -> None:
+    model = unlike(build(network)).float()
+    step = IntrospectiveStep(model, OBJECTIVES["soft"], precision="bf16")
+    x, noise = batch(model)
+    record = step(x.float(), Noise(*(draws.float() for draws in noise)), condition=GIVEN)
+    assert all(value.isfinite() for value in record.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        shares = torch.nn.functional.one_hot(GIVEN, K).float()
+        for player in (model.encoder, model.decoder):
+            assert isinstance(player, Conditional)
+            assert torch.equal(player.rows(shares), player.rows(GIVEN))
+            assert torch.equal(player.rows(GIVEN), table(player)[GIVEN])
 
 
 def test_a_memory_plan_counts_a_conditional_model() -> None:
@@ -513,7 +560,7 @@ def test_resuming_equals_going_on(tmp_path: Path, settings: dict[str, Any]) -> N
     assert_same_run(resumed, whole)
     model = whole.model()
     assert model.classes == classes_of(whole.config(), labelled())
-    moved = model.decoder.labels.weight, model.encoder.labels.weight
+    moved = table(model.decoder), table(model.encoder)
     assert all(rows.isfinite().all() and rows.abs().sum() > 0 for rows in moved)
 
 
@@ -647,3 +694,13 @@ def test_commands_without_the_classes_that_they_need(pets: Run, tmp_path: Path, 
     assert "has no classes" in refused("fit", "--data", "density:rings", "--conditional", "true", *words)
     plain = fit(data="density:rings", network="tiny-mlp", recipe="none", out=str(tmp_path / "plain"), **TINY)
     assert "knows no classes" in refused("sample", plain.folder, "--label", 1, *out)
+
+
+def test_a_report_gives_held_out_images_their_own_classes(pets: Run) -> None:
+    report = evaluate(pets)
+    assert {"overview", "samples", "interpolation", "ranked"} <= report["pictures"].keys()
+    model, data = pets.model(), load_data(pets.folder.parent / "pets")
+    assert isinstance(data, ArrayData)
+    x, labels = data.heldout.tensor(), data.heldout.labels
+    error = (model.reconstruct(x, labels) - x).square().mean().item()
+    assert report["metrics"]["mse"]["value"] == pytest.approx(error, rel=1e-5)
