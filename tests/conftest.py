@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import matplotlib as mpl
@@ -10,6 +11,9 @@ import torch
 from commands import REMEDY, Command, Refused, Said, call, one_line
 
 mpl.use("Agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script: then a process ignores Ctrl-C, which the tests press.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -153,6 +153,7 @@ def test_fit_on_digits_fills_a_run_folder_with_a_report(digits: Run) -> None:
         "images/final.png",
         "images/evaluation.png",
         "images/evaluation-samples.png",
+        "images/evaluation-neighbours.png",
         "images/evaluation-ranked.png",
         "images/evaluation-interpolation.png",
         "images/evaluation-errors.png",
@@ -189,7 +190,7 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
             "train",
             "heldout",
         ),
-        *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension", "variants"),
+        *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension", "variants", "neighbours"),
     }
     assert set(report["metrics"]) == {
         *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "kl_aggregate_nats"),

@@ -216,8 +216,8 @@ def test_all_but_the_layers_stays_float32(network: str, warming: bool) -> None:
     posteriors, images = [], []
     layers: dict[str, set[torch.dtype]] = {}
     encode, decode = model.encode, model.decode
-    model.encode = lambda x: posteriors.append(encode(x)) or posteriors[-1]
-    model.decode = lambda z: images.append((z, decode(z))) or images[-1][1]
+    model.encode = lambda x, condition=None: posteriors.append(encode(x, condition)) or posteriors[-1]
+    model.decode = lambda z, condition=None: images.append((z, decode(z, condition))) or images[-1][1]
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             seen = layers[name] = set()
