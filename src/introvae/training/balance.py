@@ -114,9 +114,9 @@ class Gap:
 
     What the encoder's push depends on is the exponent alpha s beta_neg KL, with the KL of real data. It begins at
     `START` and goes to `HOME`, and beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
-    and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to
-    `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows no
-    adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
+    and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
+    to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
+    no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
 
     Arguments:
         objective: `SoftIntroVAE` or `ASIntroVAE`.
