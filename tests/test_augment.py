@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from commands import Refused
+from introvae import VAE, ASIntroVAE, FitConfig, IntrospectiveVAE, IntroVAE, Run, SoftIntroVAE, fit, from_array
 from introvae.augment import DRAWS, Augmentation, color, cutout, list_policies, translation
+from introvae.baselines.wgan_gp import WGANGP
+from introvae.capture import CapturedStep
 from introvae.errors import ConfigError, DataError
+from introvae.model import squared_error
+from introvae.objectives import Objective, Warmup
+from introvae.parallel import Alone
+from introvae.step import IntrospectiveStep, Noise, step_class
+from introvae.training.checkpoint import list_checkpoints
+from introvae.training.config import parse_config
+from introvae.training.feed import Feed
+from introvae.training.growing import Growth
+from introvae.training.planner import Plan
+from lockstep import in_lockstep
 
 ALL = "color,translation,cutout"
 
@@ -222,6 +242,8 @@ def test_policies_by_name() -> None:
     assert Augmentation("color") == Augmentation("color", 0.8)
     with pytest.raises(ConfigError, match="unknown augmentation 'blur': choose one of color, translation, cutout"):
         Augmentation("color,blur")
+    with pytest.raises(ConfigError, match="the augmentation is True: give names"):
+        Augmentation(True)  # pyright: ignore[reportArgumentType]
     for probability in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="probability"):
             Augmentation("color", probability)
@@ -233,3 +255,341 @@ def test_vectors_and_wrong_draws_are_refused() -> None:
     for wrong in (draws(5), draws(4)[:, :7]):
         with pytest.raises(DataError, match="need draws"):
             Augmentation()(images(4), wrong)
+
+
+# --- in a step: it is one on images T(x) with the decoder T after D
+
+BATCH, Z = 6, 4
+CHANGE = Augmentation(ALL, 0.7)
+OBJECTIVES: dict[str, Objective] = {
+    "soft": SoftIntroVAE(beta_neg=3.0, gamma_r=0.5),
+    "target": SoftIntroVAE(beta_neg=3.0, target_every=5),
+    "intro": IntroVAE(margin=5.0),
+    "vae": VAE(),
+    "as": ASIntroVAE(beta_neg=3.0),
+    "wgan": WGANGP(n_critic=1),
+}
+
+
+def build(norm: str = "none", **options: Any) -> IntrospectiveVAE:
+    torch.manual_seed(0)
+    return IntrospectiveVAE.build((3, 16, 16), "tiny-conv", latent_dim=Z, norm=norm, **options).double()
+
+
+def noise(seed: int = 1) -> Noise:
+    generator = torch.Generator().manual_seed(seed)
+    return Noise.draw(BATCH, Z, generator, dtype=torch.float64, augment=True)
+
+
+def uniform(drawn: Noise) -> Tensor:
+    """The draws for augmentation, which must be there."""
+    assert drawn.augment is not None
+    return drawn.augment
+
+
+def batch(seed: int) -> Tensor:
+    return images(BATCH, 3, 16, 16, seed)
+
+
+class Behind(nn.Module):
+    """T after a decoder, with the draws of each row of a batch, for its reconstructions as for its samples."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.draws = decoder, torch.empty(0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        made = self.decoder(z)
+        return CHANGE(made, self.draws.repeat(len(made) // len(self.draws), 1))
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+def cases(names: Iterable[str], second: Iterable[Any], *third: Any) -> list[tuple[Any, ...]]:
+    """All together, but a WGAN with a warm-up or with batch statistics: it has neither."""
+    found = product(names, second, *third)
+    return [case for case in found if case[0] != "wgan" or not (True in case or "batch" in case)]
+
+
+@pytest.mark.parametrize(("name", "warming", "norm"), cases(OBJECTIVES, (False, True), ("none", "batch")))
+def test_a_step_is_one_of_changed_images_with_a_changing_decoder(name: str, warming: bool, norm: str) -> None:
+    objective = OBJECTIVES[name]
+    made, behind, plain = build(norm), build(norm), build(norm)
+    assert isinstance(behind.decoder, nn.Module)
+    behind.decoder = decoder = Behind(behind.decoder)
+    ours, theirs, without = (
+        step_class(objective)(model, objective, lr=1e-3, **settings)
+        for model, settings in ((made, {"augment": CHANGE}), (behind, {}), (plain, {}))
+    )
+    decoders = [decoder, *([theirs.target] if name == "target" else [])]
+    for seed in range(2):
+        x, drawn = batch(seed), noise(seed)
+        u = uniform(drawn)[:, 0]
+        drawn = drawn._replace(augment=torch.stack([u, u], dim=1))
+        for each in decoders:
+            each.draws = u
+        assert_equal(ours.fake_kls(x, drawn), theirs.fake_kls(CHANGE(x, u), drawn))
+        found = ours(x, drawn, warming=warming, gradients=not warming)
+        expected = theirs(CHANGE(x, u), drawn, warming=warming, gradients=not warming)
+        without(x, drawn, warming=warming)
+        assert_equal(found, {key: value for key, value in expected.items() if not key.startswith("apart")})
+    for a, b in zip(weights(made), weights(behind), strict=True):
+        assert torch.equal(a, b)
+    assert any((a - b).abs().max() > 1e-5 for a, b in zip(weights(made), weights(plain), strict=True))
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() >= expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@dataclass(frozen=True)
+class Spy(Augmentation):
+    """Notes what was changed by which draws, and what came of it."""
+
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, draws: Tensor) -> Tensor:
+        self.calls.append((x.detach().clone(), draws))
+        return super().__call__(x, draws)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_samples_have_draws_of_their_own(share: bool) -> None:
+    """Of real images and reconstructions u, of samples v, also for what is decoded of their latents."""
+    spy, model, x, drawn = Spy(ALL, 1.0), build(), batch(0), noise()
+    u, v = uniform(drawn).unbind(1)
+    decoded: list[Tensor] = []
+    encoded: list[Tensor] = []
+    assert isinstance(model.decoder, nn.Module)
+    assert isinstance(model.encoder, nn.Module)
+    model.decoder.register_forward_hook(lambda module, given, made: decoded.append(made.detach().clone()))
+    model.encoder.register_forward_hook(lambda module, given, made: encoded.append(given[0].detach().clone()))
+    step = IntrospectiveStep(model, SoftIntroVAE(beta_neg=3.0, gamma_r=0.5), augment=spy, share=share)
+    record = step(x, drawn)
+    fakes = [(0, u), (1, v)]
+    # Those of the encoder's phase, what is decoded of their latents, and both again in the decoder's phase.
+    order = [*fakes, *((2 + i, w) for i, w in fakes)]
+    order += [(i, w) for i, w in fakes if not share] + [(4 + i, w) for i, w in fakes]
+    made = [part for each in decoded for part in each.split(BATCH)]
+    made = [*made[:4], *made[4 if share else 6 :]]
+    assert len(spy.calls) == 1 + len(order)
+    assert torch.equal(spy.calls[0][0], x)
+    assert torch.equal(spy.calls[0][1], u)
+    for (changed, used), (index, wanted) in zip(spy.calls[1:], order, strict=True):
+        assert torch.equal(used, wanted)
+        assert torch.allclose(changed, made[index], rtol=0, atol=1e-12)
+    assert torch.equal(encoded[0], CHANGED(x, u))
+    judged = torch.cat([CHANGED(made[0], u), CHANGED(made[1], v)])
+    assert [torch.equal(seen, judged) for seen in encoded[1:]] == [True, True]
+    # How far fakes are apart is said of the decoder's own images: no change hides that they are alike.
+    assert torch.equal(record["apart_fakes"], squared_error(made[1], made[0]).mean())
+    assert torch.equal(record["apart_real"], squared_error(made[1], x).mean())
+
+
+CHANGED = Augmentation(ALL, 1.0)
+
+
+@pytest.mark.parametrize(("name", "warming"), cases(("soft", "intro", "vae", "wgan"), (False, True)))
+def test_parts_of_a_batch_equal_the_whole(name: str, warming: bool) -> None:
+    objective, found = OBJECTIVES[name], []
+    # Without a first moment, Adam makes much of rounding.
+    most = 1e-9 if name == "wgan" else 1e-12
+    for accumulation in (1, 2):
+        model = build()
+        step = step_class(objective)(model, objective, lr=1e-3, augment=CHANGE, accumulation=accumulation)
+        record = step(batch(0), noise(), warming=warming)
+        found.append([*weights(model), *record.values()])
+    assert all((a - b).abs().max() < most * (1 + a.abs().max()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["soft", "as"])
+def test_two_processes_train_the_model_that_one_trains(name: str) -> None:
+    def trained(peers: Alone) -> list[Tensor]:
+        model, rows = made[peers.count > 1].pop(), peers.rows(BATCH)
+        step = IntrospectiveStep(model, OBJECTIVES[name], lr=1e-3, peers=peers, augment=CHANGE)
+        for seed in range(2):
+            step(batch(seed)[rows], noise(seed).rows(rows))
+        return weights(model)
+
+    made = [[build()], [build(), build()]]
+    ours, others = in_lockstep(trained)
+    for weight, other, alone in zip(ours, others, trained(Alone()), strict=True):
+        assert torch.equal(weight, other)
+        assert (weight - alone).abs().max() < 1e-9
+
+
+def test_a_step_draws_for_itself_or_says_what_is_missing() -> None:
+    step = IntrospectiveStep(build(), SoftIntroVAE(beta_neg=3.0), augment=CHANGE)
+    assert all(value.isfinite() for value in step(batch(0)).values())
+    with pytest.raises(DataError, match=r"no draws for augmentation: take Noise.draw\(..., augment=True\)"):
+        step(batch(0), noise()._replace(augment=None))
+
+
+def test_a_conditional_step_is_changed_too() -> None:
+    model = build(classes=3)
+    step = IntrospectiveStep(model, SoftIntroVAE(beta_neg=3.0, gamma_r=0.5), augment=CHANGE)
+    record = step(batch(0), noise(), condition=torch.tensor([0, 1, 2, 2, 1, 0]))
+    assert all(value.isfinite() for value in record.values())
+
+
+# --- the draws of a run
+
+
+def test_the_other_noise_stays_as_it_is() -> None:
+    of = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    plain, drawn = Noise.draw(BATCH, Z, of[0]), Noise.draw(BATCH, Z, of[1], augment=True)
+    assert plain.augment is None
+    for ours, theirs in zip(drawn[:4], plain[:4], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(uniform(drawn), torch.rand(BATCH, 2, DRAWS, generator=of[0]))
+    assert uniform(drawn).unique().numel() == BATCH * 2 * DRAWS
+
+
+def test_rows_and_maps_of_the_noise() -> None:
+    drawn = noise()
+    parts = [uniform(drawn.rows(slice(start, start + 2))) for start in range(0, BATCH, 2)]
+    assert torch.equal(torch.cat(parts), uniform(drawn))
+    doubled = drawn.map(lambda draws: 2 * draws)
+    assert torch.equal(uniform(doubled), 2 * uniform(drawn))
+    assert all(torch.equal(ours, 2 * theirs) for ours, theirs in zip(doubled[:4], drawn[:4], strict=True))
+    without = drawn._replace(augment=None)
+    assert without.rows(slice(2)).augment is without.map(Tensor.float).augment is None
+
+
+def feed(rows: slice = slice(0, BATCH), augment: bool = True) -> Feed:
+    data = from_array(np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    return Feed(data.batches(BATCH, seed=3), Z, 7, torch.device("cpu"), rows, flip=True, augment=augment)
+
+
+def test_a_feed_without_augmentation_draws_nothing_for_it() -> None:
+    one, generator = feed(augment=False), torch.Generator().manual_seed(7)
+    for _ in range(3):
+        found = one.next().noise
+        assert found.augment is None
+        assert torch.equal(torch.cat(found[:4]), torch.randn(6 * BATCH, Z, generator=generator))
+        torch.rand(BATCH, generator=generator)  # whom to mirror
+
+
+def test_a_feed_shares_the_draws_out_and_goes_on_in_another() -> None:
+    with feed() as threaded:
+        whole = [threaded.next() for _ in range(3)]
+        state = threaded.state_dict()
+        after = threaded.next()
+    halves = [feed(rows) for rows in (slice(0, 3), slice(3, 6))]
+    for each in whole:
+        parts = [half.next() for half in halves]
+        assert torch.equal(torch.cat([part.x for part in parts]), each.x)
+        assert torch.equal(torch.cat([uniform(part.noise) for part in parts]), uniform(each.noise))
+    other = feed()
+    other.load_state_dict(state)
+    found = other.next()
+    assert torch.equal(found.x, after.x)
+    assert torch.equal(found.noise.real, after.noise.real)
+    assert torch.equal(uniform(found.noise), uniform(after.noise))
+
+
+# --- runs
+
+
+def run(out: Path, **settings: Any) -> Run:
+    x = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    base: dict[str, Any] = {"data": x, "network": "tiny-conv", "latent_dim": Z, "batch_size": 8, "steps": 4}
+    base |= {"log_every": 1, "objective": SoftIntroVAE(beta_neg=4.0), "warmup": Warmup(1), "device": "cpu"}
+    return fit(**{**base, "out": str(out), "recipe": "none", "progress": False, **settings})
+
+
+def rows_of(found: Run) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in found.log()]
+
+
+def weights_of(found: Run) -> bytes:
+    return (found.model_folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": WGANGP(n_critic=2), "warmup": Warmup()},
+        {"network": "tiny-style", "growing": Growth(samples=8, fade=8, start=8), "steps": None},
+    ],
+    ids=["soft", "wgan", "growing"],
+)
+def test_a_run_trains(tmp_path: Path, settings: dict[str, Any]) -> None:
+    changed = run(tmp_path / "changed", augment="translation", **settings)
+    plain = run(tmp_path / "plain", **settings)
+    assert len(changed.log()) == len(plain.log()) >= 3
+    assert all(math.isfinite(value) for row in changed.log() for value in row.values() if isinstance(value, float))
+    assert rows_of(changed)[0] != rows_of(plain)[0]  # of the same images and the same other noise
+    assert weights_of(changed) != weights_of(plain)
+    assert changed.config().augmentation == Augmentation("translation")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"augment": ALL, "augment_probability": 0.6, "flip": True, "checkpoint_every": 2}
+    whole = run(tmp_path / "whole", **settings)
+    resumed = Run(Path(shutil.copytree(whole.folder, tmp_path / "resumed")))
+    shutil.rmtree(resumed.model_folder)
+    list_checkpoints(resumed.checkpoints)[-1].unlink()
+    x = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    fit(resume=resumed.folder, data=x, progress=False)
+    assert weights_of(resumed) == weights_of(whole)
+    assert rows_of(resumed) == rows_of(whole)
+
+
+def test_a_conditional_run_trains(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 1, 16, 16), dtype=np.uint8)
+    found = run(tmp_path / "run", data=from_array(x, np.arange(40) % 2), conditional=True, augment="cutout")
+    assert found.log()[-1]["step"] == 4
+
+
+def test_settings_are_read_from_words_and_files(tmp_path: Path) -> None:
+    config = parse_config(["--augment", "color,cutout", "--augment_probability", "0.5"])
+    assert config.augmentation == Augmentation("color,cutout", 0.5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml())
+    assert parse_config([], [file]) == config
+    assert FitConfig().augmentation is FitConfig(augment=" , ").augmentation is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"augment": "color,blur"}, "unknown augmentation 'blur': choose one of"),
+        ({"augment": ["color"]}, r"the augmentation is \['color'\]: give names"),
+        ({"augment_probability": 1.5}, r"the probability of augmentation is 1.5: give a share in \[0, 1\]"),
+        ({"augment_probability": "often"}, "augment_probability is often: it must be a number"),
+        ({"augment": "color", "compile": "cudagraph"}, "records steps without augmentation: take none"),
+    ],
+)
+def test_settings_that_will_not_do(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitConfig(**settings)
+
+
+def test_vectors_and_unknown_names_are_refused_by_the_command(refused: Refused, tmp_path: Path) -> None:
+    words = ("fit", "--recipe", "none", "--steps", 2, "--quiet", "--out", tmp_path / "run")
+    err = refused(*words, "--data", "density:rings", "--network", "tiny-mlp", "--augment", "color")
+    assert "augment changes images, density:rings has vectors: leave it out" in err
+    assert "unknown augmentation 'blur'" in refused(*words, "--data", "digits", "--augment", "blur")
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_with_augmentation_are_not_recorded() -> None:
+    step = IntrospectiveStep(build(), SoftIntroVAE(), augment=CHANGE, capturable=True)
+    with pytest.raises(ConfigError, match="CUDA graphs are recorded without augmentation: take compile none"):
+        CapturedStep(step, capture=lambda run: (lambda: None, run()))
+
+
+def test_memory_is_planned_with_it() -> None:
+    model = build().float()
+    plain, changed = (
+        Plan(FitConfig(network="tiny-conv", latent_dim=Z, augment=augment), (3, 16, 16), model, "float32")
+        for augment in ("", ALL)
+    )
+    kept, batch_bytes = 4, 16 * 3 * 16 * 16 * 4  # both kinds of fake, changed and as they are
+    assert kept * batch_bytes < changed.step_bytes(16) - plain.step_bytes(16) < 40 * batch_bytes

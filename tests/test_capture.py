@@ -102,9 +102,9 @@ class Both:
 
     def __call__(self, n: int = 4, values: Values | None = None, *, warming: bool = False) -> Record:
         x, noise = batch(self.index, n, self.network)
-        kept = [x.clone(), *(draws.clone() for draws in noise)]
+        kept = [x.clone(), *(draws.clone() for draws in noise[:4])]
         ours = self.captured(x, noise, values, warming=warming)
-        assert_same([x, *noise], kept, "inputs")
+        assert_same([x, *noise[:4]], kept, "inputs")
         theirs = self.plain(x, noise, values, warming=warming)
         assert_same(ours, theirs, "record")
         assert_same(self.captured.state_dict(), self.plain.state_dict())
@@ -322,7 +322,7 @@ def test_refused_without_a_gpu_and_with_several_processes() -> None:
 
 def to_cuda(index: int, n: int, network: str) -> tuple[Tensor, Noise]:
     x, noise = batch(index, n, network)
-    return x.cuda(), Noise(*(draws.cuda() for draws in noise))
+    return x.cuda(), noise.map(Tensor.cuda)
 
 
 @gpu

@@ -44,7 +44,8 @@ def taken(feed: Feed, steps: int = STEPS) -> list[Inputs]:
 def assert_same(found: list[Inputs], expected: list[Inputs]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        for ours, theirs in zip((a.x, *a.noise), (b.x, *b.noise), strict=True):
+        assert a.noise.augment is b.noise.augment is None
+        for ours, theirs in zip((a.x, *a.noise[:4]), (b.x, *b.noise[:4]), strict=True):
             assert ours.dtype == theirs.dtype == torch.float32
             assert torch.equal(ours, theirs)
 
@@ -68,7 +69,7 @@ def test_images_arrive_in_0_to_1_and_noise_in_the_shapes_of_a_step() -> None:
     batches = images()
     x, noise, _ = feed().next()
     assert torch.equal(x, batches.stored().float() / 255)
-    assert [tuple(draws.shape) for draws in noise] == [(N, 2), (N, 2), (2 * N, 2), (2 * N, 2)]
+    assert [tuple(draws.shape) for draws in noise[:4]] == [(N, 2), (N, 2), (2 * N, 2), (2 * N, 2)]
     again, draws, _ = feed(seed=8).next()
     assert torch.equal(again, x)
     assert not torch.equal(draws.real, noise.real)
@@ -230,7 +231,7 @@ def test_half_of_the_images_are_mirrored_left_to_right_and_the_order_stays() -> 
     assert flags.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 600**0.5)
     assert flags.view(100, N).float().var(dim=1).max() > 0.2  # each image for itself, not whole batches
     assert flags.view(100, N).any(dim=0).all()
-    for ours, theirs in zip(found[0].noise, plain[0].noise, strict=True):
+    for ours, theirs in zip(found[0].noise[:4], plain[0].noise[:4], strict=True):
         assert torch.equal(ours, theirs)
 
 

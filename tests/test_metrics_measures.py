@@ -21,6 +21,7 @@ from introvae.data import ArrayData, Part, load_data
 from introvae.errors import ConfigError, MissingExtraError
 from introvae.measures import METRICS, examine, look_at_heldout, measure, measure_variants, metrics_in, sets
 from introvae.measures.sets import collect_sets, set_metrics
+from introvae.metrics import kernel
 from introvae.metrics.classifier import load_classifier
 from introvae.metrics.collect import Collected, Wanted, collect
 from introvae.metrics.features import FeatureSpace, feature_space
@@ -165,7 +166,7 @@ def test_metrics_in_a_space_are_those_of_its_features():
     real = Manifold(heldout, [3, 5])
     for name, value in neighbourhoods(real, Manifold(samples, [3]))._asdict().items():
         assert found[f"{name}_mnist"]["value"] == pytest.approx(value, abs=1e-9)
-    for name, value in neighbourhoods(real, Manifold(train, [3]))._asdict().items():
+    for name, value in neighbourhoods(real, Manifold(train[:40], [3]))._asdict().items():
         assert found[f"{name}_mnist"]["floor"] == pytest.approx(value, abs=1e-9)
     shipped = load_classifier("mnist")
     p = shipped.network.probabilities(samples)
@@ -211,6 +212,30 @@ def test_classes_are_told_only_where_they_are_those_of_the_data():
     assert shares["classes"] == [str(i) for i in range(10)]
     assert shares["heldout"] == pytest.approx((torch.bincount(judged, minlength=10) / 40).tolist(), abs=1e-6)
     assert sum(shares["samples"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_floors_are_of_as_many_real_images_as_samples():
+    x = images(40, side=28)
+    data, model = data_of(images(300, side=28, seed=1), x), drawn(images(30, side=28, seed=2))
+    found, of = examine(model, data).metrics, collect_sets(model, data, 0)
+    train, heldout, samples = (s.spaces["mnist"] for s in (of.train, of.heldout, of.samples))
+    assert (len(train.features), len(heldout.features), len(samples.features)) == (300, 40, 40)
+    fair = neighbourhoods(Manifold(heldout.features, [3, 5]), Manifold(train.features[:40], [3]))
+    for name in ("precision", "recall", "density", "coverage"):
+        assert found[f"{name}_mnist"]["floor"] == getattr(fair, name), name
+        assert "40 training images in the samples' place" in found[f"{name}_mnist"]["protocol"]
+    first = torch.bincount(torch.cat(train.classes)[:40], minlength=10).double() / 40
+    wanted = float((first - heldout.shares(10)).abs().sum() / 2)
+    assert found["class_distance_mnist"]["floor"] == pytest.approx(wanted, abs=1e-12)
+    assert "40 training images in the samples' place" in found["class_distance_mnist"]["protocol"]
+
+
+def test_the_kernel_distance_says_how_large_its_subsets_are(monkeypatch: pytest.MonkeyPatch):
+    data, model = data_of(images(60), images(40, seed=1)), drawn(images(30, seed=2))
+    monkeypatch.setattr(kernel, "SUBSET", 50)
+    monkeypatch.setattr(kernel.kernel_distances, "__defaults__", (50, 3))
+    protocol = examine(model, data, features=["randconv"]).metrics["kid_randconv"]["protocol"]
+    assert "mean and std of 3 random subsets of 40 and 50;" in protocol
 
 
 def test_spaces_that_are_asked_for_have_all_metrics():
@@ -293,6 +318,9 @@ def test_a_model_without_batch_statistics_has_no_gap_in_training_mode():
     assert yardstick is not None
     found = measure_variants(model, yardstick, None, batch=8)
     assert set(found) == {"training mode"}
+    assert "batches of 9;" in found["training mode"]["mse"]["protocol"]  # 41 = 5 x 8 + 1: no batch of one
+    more = measure_variants(model, yardstick, None, batch=64)["training mode"]["mse"]["protocol"]
+    assert "batches of 41;" in more  # all there are
     assert set(found["training mode"]) == {
         "mse",
         "psnr_db",

@@ -327,7 +327,7 @@ def test_the_noise_of_the_shares_is_that_of_the_whole() -> None:
         pairs = [getattr(share, name).chunk(2) for share in shares]
         of_reconstructions, of_samples = (torch.cat([pair[half] for pair in pairs]) for half in (0, 1))
         assert torch.equal(torch.cat([of_reconstructions, of_samples]), getattr(whole, name))
-    assert len({float(value) for field in whole for value in field.flatten()}) == 6 * 6 * 2  # no draw twice
+    assert len({float(value) for field in whole[:4] for value in field.flatten()}) == 6 * 6 * 2  # no draw twice
 
 
 def test_the_inputs_of_the_shares_are_those_of_the_whole() -> None:
@@ -341,7 +341,7 @@ def test_the_inputs_of_the_shares_are_those_of_the_whole() -> None:
         expected, found = whole.next(), [share.next() for share in shares]
         assert torch.equal(torch.cat([inputs.x for inputs in found]), expected.x)
         for inputs, peers in zip(found, three(), strict=True):
-            assert all(map(torch.equal, inputs.noise, expected.noise.rows(peers.rows(9))))
+            assert all(map(torch.equal, inputs.noise[:4], expected.noise.rows(peers.rows(9))[:4]))
 
 
 # --- the command

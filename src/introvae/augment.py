@@ -58,7 +58,7 @@ class Augmentation:
         probability: share of the images that are changed, each with all of the policy.
 
     Raises:
-        ConfigError: an unknown name, or a probability outside of [0, 1].
+        ConfigError: an unknown name, something else than text, or a probability outside of [0, 1].
 
     Source: Zhao et al. (2020), Differentiable Augmentation for Data-Efficient GAN Training, Sec. 3 and 4; Karras et al.
         (2020), Training Generative Adversarial Networks with Limited Data, Sec. 2.2.
@@ -74,6 +74,8 @@ class Augmentation:
     probability: float = 0.8
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policy, str):
+            raise ConfigError(f"the augmentation is {self.policy!r}: give names, such as 'color,translation'")
         for name in self.names:
             if name not in POLICIES:
                 raise unknown("augmentation", name, list_policies())
@@ -86,11 +88,19 @@ class Augmentation:
         return tuple(name.strip() for name in self.policy.split(",") if name.strip())
 
     @staticmethod
-    def draw(n: int, generator: torch.Generator | None = None, kinds: int | None = None) -> Tensor:
+    def draw(
+        n: int,
+        generator: torch.Generator | None = None,
+        kinds: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
         """Uniform draws in [0, 1) for n images, `[n, 8]`, or for n samples with several kinds of images each,
-        `[n, kinds, 8]`: row i is sample i's, so that a batch can be shared out.
+        `[n, kinds, 8]`: row i is sample i's, so that a batch can be shared out. A CPU `generator` gives the same draws
+        on every `device`.
         """
-        return torch.rand((n, DRAWS) if kinds is None else (n, kinds, DRAWS), generator=generator)
+        shape = (n, DRAWS) if kinds is None else (n, kinds, DRAWS)
+        source = device if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=source).to(device)
 
     def __call__(self, x: Tensor, draws: Tensor) -> Tensor:
         """T(x; u).

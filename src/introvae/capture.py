@@ -19,6 +19,9 @@ EAGER_STEPS = 3
 MAX_GRAPHS = 16
 """Kinds of step (phase, objective, batch size) that are recorded; each keeps its own memory."""
 
+NORMAL = ("real", "prior", "fakes", "again")
+"""The noise that steps without augmentation read."""
+
 Record = dict[str, Tensor]
 
 log = logging.getLogger("introvae")
@@ -36,7 +39,7 @@ class CapturedStep:
         capture: records the kernels of a call and returns what plays them; for tests.
 
     Raises:
-        ConfigError: the model is not on a CUDA device, or several processes train it.
+        ConfigError: the model is not on a CUDA device, several processes train it, or the step has augmentation.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
@@ -52,6 +55,8 @@ class CapturedStep:
             raise ConfigError(f"CUDA graphs need an NVIDIA GPU, the model is on {step.model.device}: take compile none")
         if step.peers.count > 1:
             raise ConfigError("CUDA graphs are recorded in a single process: take compile none for several")
+        if step.augment is not None:
+            raise ConfigError("CUDA graphs are recorded without augmentation: take compile none for it")
         self._kinds: dict[Any, _Kind] = {}
         self._failed = False
 
@@ -82,7 +87,8 @@ class CapturedStep:
             noise = Noise.draw(len(x), step.model.latent_dim, device=x.device, dtype=x.dtype)
         if values is None:
             values = {name: x.new_tensor(value) for name, value in step.objective.values().items()}
-        inputs = {"x": x, **noise._asdict(), **{f"values.{name}": value for name, value in values.items()}}
+        draws = {name: getattr(noise, name) for name in NORMAL}
+        inputs = {"x": x, **draws, **{f"values.{name}": value for name, value in values.items()}}
         if condition is not None:
             inputs["condition"] = condition
         key = (warming, repr(step.objective), x.shape, x.dtype, condition is None)
@@ -109,7 +115,7 @@ class CapturedStep:
 
     def _recorded(self, kind: _Kind, warming: bool) -> Callable[[], None] | None:
         values = {name.removeprefix("values."): t for name, t in kind.inputs.items() if name.startswith("values.")}
-        noise = Noise(*(kind.inputs[name] for name in Noise._fields))
+        noise = Noise(*(kind.inputs[name] for name in NORMAL))
         x, condition = kind.inputs["x"], kind.inputs.get("condition")
         try:
             kind.play, kind.record = self._capture(

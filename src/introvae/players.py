@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from introvae.errors import CheckpointError, ConfigError, one_of, positive, whole
+from introvae.augment import Augmentation
+from introvae.errors import CheckpointError, ConfigError, DataError, one_of, positive, whole
 from introvae.model import IntrospectiveVAE
 from introvae.objectives import Objective, Warmup
 from introvae.parallel import Alone
@@ -17,13 +18,15 @@ ACCUMULATE_NOT = "its gradients are no mean over parts, take accumulation 1"
 
 
 class Noise(NamedTuple):
-    """All standard normal draws of one step.
+    """All random draws of one step: standard normal ones, and uniform ones for augmentation.
 
     Arguments:
         real: `[N, Z]`, for z ~ q(z|x).
         prior: `[N, Z]`, the latents z_p of the samples.
         fakes: `[2N, Z]`, for the fakes' latents (reconstructions, then samples) in the encoder's phase.
         again: `[2N, Z]`, for the fakes' latents in the decoder's phase.
+        augment: `[N, 2, 8]`, uniform in [0, 1), for the augmentation of each real image with its reconstruction, and of
+            each sample; None where there is none.
 
     Example:
         >>> Noise.draw(8, latent_dim=2).fakes.shape
@@ -34,6 +37,7 @@ class Noise(NamedTuple):
     prior: Tensor
     fakes: Tensor
     again: Tensor
+    augment: Tensor | None = None
 
     @classmethod
     def draw(
@@ -43,11 +47,16 @@ class Noise(NamedTuple):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        augment: bool = False,
     ) -> Noise:
-        """Draw the noise for a batch of n; a CPU `generator` gives the same draws on every `device`."""
+        """Draw the noise for a batch of n; a CPU `generator` gives the same draws on every `device`.
+
+        The draws for augmentation, where they are asked for, come after the others and leave them as they are.
+        """
         source = device if generator is None else generator.device
         draws = torch.randn(6 * n, latent_dim, generator=generator, device=source, dtype=dtype).to(device)
-        return cls(draws[:n], draws[n : 2 * n], draws[2 * n : 4 * n], draws[4 * n :])
+        uniform = Augmentation.draw(n, generator, kinds=2, device=device) if augment else None
+        return cls(draws[:n], draws[n : 2 * n], draws[2 * n : 4 * n], draws[4 * n :], uniform)
 
     def rows(self, rows: slice) -> Noise:
         """The noise of some samples of the batch: what they get does not depend on how the batch is shared out."""
@@ -55,7 +64,12 @@ class Noise(NamedTuple):
         def of_both(pair: Tensor) -> Tensor:
             return torch.cat([half[rows] for half in pair.chunk(2)])
 
-        return Noise(self.real[rows], self.prior[rows], of_both(self.fakes), of_both(self.again))
+        augment = None if self.augment is None else self.augment[rows]
+        return Noise(self.real[rows], self.prior[rows], of_both(self.fakes), of_both(self.again), augment)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Noise:
+        """The noise with the same done to all draws that there are, such as moving them to a device."""
+        return self._replace(**{name: function(draws) for name, draws in self._asdict().items() if draws is not None})
 
 
 Part = tuple[Tensor, Noise, Tensor | None]
@@ -79,6 +93,7 @@ class Players:
         peers: the processes that share each batch; gradients are averaged over them.
         accumulation: parts in which a batch goes through each phase, for less memory.
         capturable: keep the rate and Adam's counts on the GPU, for `CapturedStep`.
+        augment: changes every image that is encoded or compared, real and decoded alike (see `Augmentation`).
 
     Raises:
         ConfigError: a rate that is not above 0, an unknown precision, accumulation for an objective that compares the
@@ -97,6 +112,7 @@ class Players:
         peers: Alone | None = None,
         accumulation: int = 1,
         capturable: bool = False,
+        augment: Augmentation | None = None,
     ) -> None:
         positive(lr=lr, accumulation=accumulation)
         whole(accumulation=accumulation)
@@ -105,7 +121,7 @@ class Players:
         one_of(("float32", "tf32", "bf16"), precision=precision)
         self.model, self.objective, self.warmup = model, objective, warmup or Warmup()
         self.precision, self.peers, self.accumulation = precision, peers or Alone(), accumulation
-        self.capturable, self._lr = capturable, lr
+        self.capturable, self._lr, self.augment = capturable, lr, augment
         self.encoder_params = [p for p in model.encoder.parameters() if p.requires_grad]
         self.decoder_params = [p for p in model.decoder.parameters() if p.requires_grad]
         self.encoder_optimizer = self._adam(self.encoder_params, lr, adam_betas)
@@ -126,6 +142,31 @@ class Players:
         size = len(x) // self.accumulation
         rows = [slice(start, start + size) for start in range(0, len(x), size)]
         return [(x[part], noise.rows(part), None if condition is None else condition[part]) for part in rows]
+
+    def _noise(self, x: Tensor) -> Noise:
+        """Draws for the batch x from torch's default generator."""
+        augment = self.augment is not None
+        return Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype, augment=augment)
+
+    def _shown(self, images: Tensor, noise: Noise, kind: int) -> Tensor:
+        """Images as they are encoded and compared: real ones and reconstructions (kind 0), or samples (kind 1)."""
+        if self.augment is None:
+            return images
+        if noise.augment is None:
+            raise DataError("this noise has no draws for augmentation: take Noise.draw(..., augment=True)")
+        return self.augment(images, noise.augment[:, kind])
+
+    @torch.no_grad()
+    def fake_kls(self, x: Tensor, noise: Noise, condition: Tensor | None = None) -> dict[str, Tensor]:
+        """The KLs of the fakes that a step without fakes would make, for the log."""
+        model = self.model.eval()  # a look must not move the statistics of a batch normalisation
+        z = model.encode(self._shown(x, noise, 0), condition).sample(noise.real)
+        found = {}
+        for kind, (name, latents) in enumerate((("kl_reconstruction", z), ("kl_sample", noise.prior))):
+            fakes = self._shown(model.decode(latents, condition), noise, kind)
+            found[name] = model.encode(fakes, condition).kl().mean()
+        model.train()
+        return found
 
     def _backward(self, loss: Tensor, params: list[nn.Parameter]) -> None:
         # The mean over the batch is the mean of its parts' means.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from introvae.augment import Augmentation
 from introvae.gaussian import DiagonalGaussian
 from introvae.model import IntrospectiveVAE, squared_error
 from introvae.objectives import Judged, Objective, Values, Warmup
@@ -33,6 +34,8 @@ def step_class(objective: Objective) -> type[Any]:
 class _Seen(NamedTuple):
     """What the decoder's phase takes over from the encoder's."""
 
+    x: Tensor
+    """Real images as they were encoded."""
     z: Tensor
     posterior: DiagonalGaussian
     decoded: tuple[Tensor, Tensor] | None
@@ -61,6 +64,8 @@ class IntrospectiveStep(Players):
             then all of the decoder's, which decodes anew. Gradients are those of the whole batch, unless the networks
             have batch statistics.
         capturable: keep the rate and Adam's counts on the GPU, for `CapturedStep`.
+        augment: T, which changes every image that is encoded or compared, real and decoded alike, so that the step is
+            one on images T(x) with the decoder T after D (see `Augmentation`).
 
     Raises:
         ConfigError: a rate that is not above 0, an unknown precision, accumulation for an objective that compares the
@@ -90,6 +95,7 @@ class IntrospectiveStep(Players):
         peers: Alone | None = None,
         accumulation: int = 1,
         capturable: bool = False,
+        augment: Augmentation | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -101,6 +107,7 @@ class IntrospectiveStep(Players):
             peers=peers,
             accumulation=accumulation,
             capturable=capturable,
+            augment=augment,
         )
         self.share = share
         self.target = _copied(model.decoder) if objective.target_lag else None
@@ -124,7 +131,7 @@ class IntrospectiveStep(Players):
 
         Arguments:
             x: real images or vectors.
-            noise: the step's normal draws; drawn from torch's default generator when not given.
+            noise: the step's draws; drawn from torch's default generator when not given.
             values: the objective's changeable settings as 0-d tensors; its own when not given.
             warming: take a VAE's step with the warm-up's loss instead.
             gradients: report the norms of the decoder's gradient too, of its two parts apart: what the fakes' terms
@@ -137,14 +144,17 @@ class IntrospectiveStep(Players):
             update; loss_decoder after the encoder's; apart_fakes and apart_real, the squared distance of samples to
             reconstructions and to real images (0 and their variance for a decoder that collapsed, nearly equal for a
             good one). A step without fakes leaves theirs out. With `gradients`, gradient_adversarial
-            and gradient_reconstruction: Euclidean norms over all of the decoder's weights.
+            and gradient_reconstruction: Euclidean norms over all of the decoder's weights. With augmentation all are
+            of augmented images, but apart_* are of images as they are: equal fakes, changed by different draws, would
+            not look alike.
 
         Raises:
-            DataError: x has another shape than the model takes, or is too small a batch for the objective.
+            DataError: x has another shape than the model takes, or is too small a batch for the objective; noise
+                without the draws for augmentation.
             RuntimeError: a loss reads a term that its objective does not declare.
         """
         if noise is None:
-            noise = Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype)
+            noise = self._noise(x)
         if values is None:
             values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
         if warming or not self.objective.adversarial:
@@ -153,11 +163,13 @@ class IntrospectiveStep(Players):
 
     def _joint(self, parts: list[Part], values: Values, warming: bool) -> dict[str, Tensor]:
         records = []
-        for x, noise, condition in parts:
+        for plain, noise, condition in parts:
+            x = self._shown(plain, noise, 0)
             with self._autocast(x):
                 posterior = self.model.encode(x, condition)
                 z = posterior.sample(noise.real)
-                real = Judged(x, z, posterior, squared_error(x, self.model.decode(z, condition)))
+                reconstruction = self._shown(self.model.decode(z, condition), noise, 0)
+                real = Judged(x, z, posterior, squared_error(x, reconstruction))
             if warming:
                 loss = self.warmup.loss(real, self.objective.scale_of(x))
             else:
@@ -192,17 +204,19 @@ class IntrospectiveStep(Players):
 
     def _for_encoder(self, part: Part, values: Values) -> _Seen:
         """The encoder's gradients; fakes are given."""
-        objective, (x, noise, condition) = self.objective, part
+        objective, (plain, noise, condition) = self.objective, part
+        x = self._shown(plain, noise, 0)
         with self._autocast(x):
             posterior = self.model.encode(x, condition)
             z = self._latent(posterior, noise.real)
             # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
             leaf = z.detach().requires_grad_()
-            reconstruction, sample = self._decode(leaf, noise.prior, condition)
+            decoded = self._decode(leaf, noise.prior, condition)
+            reconstruction, sample = self._both_shown(decoded, noise)
             fakes = (reconstruction.detach(), sample.detach())
             latents = (leaf.detach(), noise.prior)
             rec_gradient = "encoder" if objective.reads_fake_rec_in_encoder else ""
-            judged = self._judge(fakes, latents, noise.fakes, condition, rec_gradient)
+            judged = self._judge(fakes, latents, noise.fakes, noise, condition, rec_gradient)
         real = self._of_all(Judged(x, z, posterior, squared_error(x, reconstruction), reconstruction))
         loss = objective.encoder_loss(real, judged, values)
         # The reconstruction's gradient comes back through the decoder to the leaf, and from there goes into the
@@ -210,20 +224,22 @@ class IntrospectiveStep(Players):
         (into_z,) = torch.autograd.grad(loss, leaf, retain_graph=True)
         self._backward(loss + (z * into_z).sum(), self.encoder_params)
         kept = (reconstruction, sample) if self.share and self.accumulation == 1 else None
-        return _Seen(leaf.detach(), posterior.detach(), kept, _record(objective, real, judged, loss, None))
+        record = {**_record(objective, real, judged, loss, None), **_apart(plain, *decoded)}
+        return _Seen(x, leaf.detach(), posterior.detach(), kept, record)
 
     def _for_decoder(self, part: Part, values: Values, seen: _Seen, apart: list[Tensor]) -> Tensor:
         """The decoder's gradients, judged by the updated encoder; its loss. The gradients of the fakes' terms alone
         are added to `apart`, unless that is empty.
         """
-        objective, posterior, (x, noise, condition) = self.objective, seen.posterior, part
+        objective, posterior, x, (_, noise, condition) = self.objective, seen.posterior, seen.x, part
         with self._autocast(x):
-            reconstruction, sample = seen.decoded or self._decode(seen.z, noise.prior, condition)
+            fakes = seen.decoded or self._both_shown(self._decode(seen.z, noise.prior, condition), noise)
             if objective.reads_real_in_decoder:
                 with torch.no_grad():
                     posterior = self.model.encode(x, condition)
-            fakes, latents = (reconstruction, sample), (seen.z, noise.prior)
-            judged = self._judge(fakes, latents, noise.again, condition, objective.reads_fake_rec_in_decoder)
+            latents, rec_gradient = (seen.z, noise.prior), objective.reads_fake_rec_in_decoder
+            judged = self._judge(fakes, latents, noise.again, noise, condition, rec_gradient)
+        reconstruction = fakes[0]
         real = self._of_all(Judged(x, seen.z, posterior, squared_error(x, reconstruction), reconstruction))
         loss = objective.decoder_loss(real, judged, values)
         if apart:
@@ -240,35 +256,37 @@ class IntrospectiveStep(Players):
         self,
         fakes: tuple[Tensor, ...],
         latents: tuple[Tensor, ...],
-        noise: Tensor,
+        draws: Tensor,
+        noise: Noise,
         condition: Tensor | None,
         rec_gradient: str,
     ) -> tuple[Judged, ...]:
-        """What the encoder says of reconstructions and samples; `rec_gradient` says whom the error's gradient
-        reaches.
+        """What the encoder says of reconstructions and samples; `draws` are for their latents, and `rec_gradient` says
+        whom the error's gradient reaches.
         """
+        kinds = (0, 1)
         if not self.objective.judges_reconstruction:
-            fakes, latents, noise = fakes[1:], latents[1:], noise.chunk(2)[1]
+            fakes, latents, draws, kinds = fakes[1:], latents[1:], draws.chunk(2)[1], kinds[1:]
         x, n = torch.cat(fakes), len(fakes[0])
         posterior = self._encode(x, n, condition)
         rec = None
         if rec_gradient in ("encoder", "target"):
-            rec = squared_error(x, self._decode_again(self._latent(posterior, noise), n, condition))
+            rec = squared_error(x, self._decode_again(self._latent(posterior, draws), kinds, noise, condition))
         elif rec_gradient == "fake":
             with torch.no_grad():
-                again = self._decode_again(self._latent(posterior, noise), n, condition)
+                again = self._decode_again(self._latent(posterior, draws), kinds, noise, condition)
             rec = squared_error(x, again)
         elif rec_gradient == "redecode":
-            again = self._decode_again(self._latent(posterior, noise).detach(), n, condition)
+            again = self._decode_again(self._latent(posterior, draws).detach(), kinds, noise, condition)
             rec = squared_error(x.detach(), again)
         return tuple(
             self._of_all(Judged(x[rows], z, posterior[rows], None if rec is None else rec[rows]))
             for z, rows in zip(latents, (slice(0, n), slice(n, None)), strict=False)
         )
 
-    def _latent(self, posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
+    def _latent(self, posterior: DiagonalGaussian, draws: Tensor) -> Tensor:
         """What the decoder gets of a posterior."""
-        return posterior.mode if self.objective.encodes == "mode" else posterior.sample(noise)
+        return posterior.mode if self.objective.encodes == "mode" else posterior.sample(draws)
 
     def _of_all(self, judged: Judged) -> Judged:
         """Where a sample's loss depends on the others: posteriors, errors and latents of all processes' samples."""
@@ -290,11 +308,20 @@ class IntrospectiveStep(Players):
         reconstruction, sample = self.model.decode(torch.cat([of_real, prior]), both).chunk(2)
         return reconstruction, sample
 
-    def _decode_again(self, latents: Tensor, n: int, condition: Tensor | None) -> Tensor:
-        """The images of fakes' latents, n of each kind; `condition` is that of each kind."""
+    def _both_shown(self, decoded: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
+        """Reconstructions and samples as they are judged."""
+        return self._shown(decoded[0], noise, 0), self._shown(decoded[1], noise, 1)
+
+    def _decode_again(self, latents: Tensor, kinds: tuple[int, ...], noise: Noise, condition: Tensor | None) -> Tensor:
+        """The images of fakes' latents, to compare with the fakes; `condition` is that of each kind."""
         if self.one_batch:
-            return self._lagging(latents, _repeated(condition, len(latents) // n))
-        return torch.cat([self._lagging(part, condition) for part in latents.split(n)])
+            images = self._lagging(latents, _repeated(condition, len(kinds)))
+        else:
+            images = torch.cat([self._lagging(part, condition) for part in latents.chunk(len(kinds))])
+        if self.augment is None:
+            return images
+        each = zip(images.chunk(len(kinds)), kinds, strict=True)
+        return torch.cat([self._shown(part, noise, kind) for part, kind in each])
 
     def _lagging(self, latents: Tensor, condition: Tensor | None) -> Tensor:
         """The target decoder's images, where there is one."""
@@ -359,10 +386,15 @@ def _record(
 ) -> dict[str, Tensor]:
     with torch.no_grad():
         record = {"rec": real.rec.mean(), **objective.recorded(real, fakes), "loss_encoder": loss_encoder.detach()}
-        if fakes and real.reconstruction is not None:
-            sample = fakes[-1].x.detach()
-            record["apart_fakes"] = squared_error(sample, real.reconstruction.detach()).mean()
-            record["apart_real"] = squared_error(sample, real.x).mean()
         if loss_decoder is not None:
             record["loss_decoder"] = loss_decoder.detach()
     return record
+
+
+@torch.no_grad()
+def _apart(real: Tensor, reconstruction: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    """How far samples are from reconstructions and from real images."""
+    return {
+        "apart_fakes": squared_error(sample, reconstruction).mean(),
+        "apart_real": squared_error(sample, real).mean(),
+    }

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from introvae.augment import Augmentation
 from introvae.errors import ConfigError, positive, whole
 from introvae.model import IntrospectiveVAE
 from introvae.objectives import Objective, Values, Warmup
@@ -32,6 +33,7 @@ class WGANGPStep(Players):
         warmup: has to be empty.
         lr, adam_betas: Adam's, by default as published. A run gives its own `lr` and `adam_betas` instead.
         precision, peers, accumulation: as in `IntrospectiveStep`.
+        augment: changes every image that the critic sees, so that its gradient's norm is that at augmented images.
         capturable: has to be False: steps with and without an update of the generator are of two kinds.
 
     Raises:
@@ -62,6 +64,7 @@ class WGANGPStep(Players):
         peers: Alone | None = None,
         accumulation: int = 1,
         capturable: bool = False,
+        augment: Augmentation | None = None,
     ) -> None:
         _refuse(model, warmup or Warmup(), capturable)
         super().__init__(
@@ -72,6 +75,7 @@ class WGANGPStep(Players):
             precision=precision,
             peers=peers,
             accumulation=accumulation,
+            augment=augment,
         )
         self.steps = 0
         # From the start, so that a state has the same tensors before the generator's first update and after it.
@@ -92,7 +96,7 @@ class WGANGPStep(Players):
 
         Arguments:
             x: real images or vectors.
-            noise: the step's normal draws: `prior` for the critic's fakes, `again` for the generator's, `real` for the
+            noise: the step's draws: `prior` for the critic's fakes, `again` for the generator's, `real` for the
                 places between real and fake; drawn from torch's default generator when not given.
             values: the penalty's weight as a 0-d tensor; the objective's own when not given.
             warming, gradients: for the loop; there is no warm-up, and no reconstruction to tell gradients apart from.
@@ -104,10 +108,10 @@ class WGANGPStep(Players):
             updated.
 
         Raises:
-            DataError: x has another shape than the model takes.
+            DataError: x has another shape than the model takes; noise without the draws for augmentation.
         """
         if noise is None:
-            noise = Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype)
+            noise = self._noise(x)
         if values is None:
             values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
         parts = self._parts(x, noise, condition)
@@ -122,10 +126,11 @@ class WGANGPStep(Players):
 
     def _for_critic(self, part: Part, values: Values) -> dict[str, Tensor]:
         """The critic's gradients; fakes are given."""
-        x, noise, condition = part
+        plain, noise, condition = part
+        x = self._shown(plain, noise, 0)
         with self._autocast(x):
             with torch.no_grad():
-                fake = self.model.decode(noise.prior, condition)
+                fake = self._shown(self.model.decode(noise.prior, condition), noise, 1)
             both = None if condition is None else torch.cat([condition, condition])
             of_real, of_fake = self.score(torch.cat([x, fake]), both).chunk(2)
         share = torch.special.ndtr(noise.real[:, 0]).view(-1, *[1] * (x.ndim - 1))  # uniform in [0, 1]
@@ -139,7 +144,8 @@ class WGANGPStep(Players):
         """The generator's gradients, judged by the updated critic; its loss."""
         x, noise, condition = part
         with self._autocast(x):
-            scores = self.score(self.model.decode(noise.again[: len(x)], condition), condition)
+            fake = self._shown(self.model.decode(noise.again[: len(x)], condition), noise, 1)
+            scores = self.score(fake, condition)
         loss = self.objective.generator_loss(scores)
         self._backward(loss, self.decoder_params)
         return loss.detach()

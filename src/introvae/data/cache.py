@@ -57,13 +57,16 @@ def clear_cache() -> int:
 
 
 def affordable_bytes() -> int:
-    """What decoded images may take before they are rather streamed."""
+    """What decoded images may take before they are rather streamed.
+
+    What the cache takes counts as free: else a set that a first start kept might stream at the second one.
+    """
     shares = [MEMORY_SHARE * psutil.virtual_memory().total]
     folder = cache_folder()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     with contextlib.suppress(OSError):
-        shares.append(DISK_SHARE * shutil.disk_usage(folder).free)
+        shares.append(DISK_SHARE * (shutil.disk_usage(folder).free + cache_bytes()))
     return max(SMALL, int(min(shares)))
 
 

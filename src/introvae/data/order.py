@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-KEPT = 2
-"""Epochs and windows whose order is remembered; what is looked up is the current one or the next."""
+KEPT = 3
+"""Epochs and windows whose order is remembered; what is looked up is the current one or a next."""
 
 
 class Piece(NamedTuple):
@@ -92,11 +92,12 @@ class Order:
             window = int(np.searchsorted(first, start, side="right")) - 1
             end = min(stop, int(first[window + 1]))
             offset = int(first[window])
-            found.append(Piece(window, self._rows(epoch, window)[start - offset : end - offset]))
+            found.append(Piece(window, self.rows(epoch, window)[start - offset : end - offset]))
             start = end
         return found
 
-    def _rows(self, epoch: int, window: int) -> np.ndarray:
+    def rows(self, epoch: int, window: int) -> np.ndarray:
+        """The rows of a window in their order."""
         if (epoch, window) not in self._windows:
             self._forget(self._windows)
             blocks = self.blocks(epoch, window) - self.first_block

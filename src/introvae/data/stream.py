@@ -204,28 +204,54 @@ class StreamBatches:
         labels, work, done = torch.empty(len(own), dtype=torch.int64), [], 0
         for window, rows in self.order.pieces(epoch, own.start, own.stop):
             find = self._window(epoch, window)
+            all_rows = np.concatenate([self.order.rows(*place) for place in self._near(epoch, window)])
             for some in np.split(rows, range(PIECE, len(rows), PIECE)):
                 to = slice(done, done + len(some))
-                work.append(self.part.pictures.pool.submit(self._decode, some, find, x[to].numpy(), labels[to].numpy()))
+                arguments = (some, all_rows, find, x[to].numpy(), labels[to].numpy())
+                work.append(self.part.pictures.pool.submit(self._decode, *arguments))
                 done += len(some)
         return _Ahead(epoch, start + self.batch_size, x, labels, work)
 
-    def _decode(self, rows: np.ndarray, find: Callable[[int], Item], x: np.ndarray, labels: np.ndarray) -> None:
+    def _decode(
+        self, rows: np.ndarray, near: np.ndarray, find: Callable[[int], Item], x: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Decode some rows; one of those `near` takes the place of each that cannot be read.
+
+        The next one in the order of the files would take the places of a whole broken row group.
+        """
+        pictures = self.part.pictures
         for index, row in enumerate(rows.tolist()):
-            x[index], labels[index], _ = self.part.readable(row, find)
+            found = pictures.decode(row, find)
+            if found is None:
+                others = np.random.default_rng(row).permutation(near).tolist()
+                found = next((other for other in (pictures.decode(o, find) for o in others) if other), None)
+            x[index], labels[index], _ = found or self.part.readable(row, find)
 
     def _window(self, epoch: int, window: int) -> Callable[[int], Item]:
         """What finds the rows of a window; the one after it is read meanwhile."""
         shards = self.part.pictures.shards
         if shards.block_bytes is None:
             return shards.fetch(())
-        following = (epoch, window + 1) if window + 1 < self.order.windows(epoch) else (epoch + 1, 0)
-        kept = {place: self._windows[place] for place in ((epoch, window), following) if place in self._windows}
+        near = self._near(epoch, window)
+        kept = {place: self._windows[place] for place in near if place in self._windows}
         self._windows = kept
-        for place in ((epoch, window), following):
+        for place in near:
             if place not in kept:
                 kept[place] = self._reader.submit(shards.fetch, self.order.blocks(*place).tolist())
-        return kept[epoch, window].result()
+        finds = [kept[place] for place in near]
+
+        def find(row: int) -> Item:
+            try:
+                return finds[0].result()(row)
+            except KeyError:
+                return finds[1].result()(row)
+
+        finds[0].result()
+        return find
+
+    def _near(self, epoch: int, window: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A window and the one after it, each by epoch and number."""
+        return (epoch, window), ((epoch, window + 1) if window + 1 < self.order.windows(epoch) else (epoch + 1, 0))
 
     def _drop(self) -> None:
         """Forget what was decoded ahead."""

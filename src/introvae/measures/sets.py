@@ -188,7 +188,8 @@ def _kernel_distance(name: str, train: Found, heldout: Found, samples: Found, se
         for found in (samples, heldout)
     )
     n, whole = len(samples.features), len(ours) == 1
-    how = "all of them at once" if whole else f"mean and std of {len(ours)} random subsets of {kernel.SUBSET} each"
+    sizes = [min(kernel.SUBSET, len(of.features)) for of in (samples, train)]
+    how = "all of them at once" if whole else f"mean and std of {len(ours)} random subsets of {sizes[0]} and {sizes[1]}"
     protocol = (
         f"features {name}: {n} samples against {len(train.features)} of the training part, unbiased squared MMD, "
         f"kernel (x·y / F + 1)^3, {how}; floor: {len(heldout.features)} held-out images in the samples' place"
@@ -202,10 +203,12 @@ def _neighbours(name: str, train: Found, heldout: Found, samples: Found) -> Metr
     if min(counts) <= DENSITY_NEIGHBOUR:
         return {}
     real = Manifold(heldout.features, [NEIGHBOUR, DENSITY_NEIGHBOUR])
-    ours, floor = (neighbourhoods(real, Manifold(s.features, [NEIGHBOUR])) for s in (samples, train))
+    # As many as samples: the more points, the more of the real ones they cover.
+    stand_in = train.features[: counts[2]]
+    ours, floor = (neighbourhoods(real, Manifold(x, [NEIGHBOUR])) for x in (samples.features, stand_in))
     protocol = (
-        f"features {name}: {counts[2]} samples, {counts[1]} held-out images, {{}}; floor: {counts[0]} training images "
-        "in the samples' place"
+        f"features {name}: {counts[2]} samples, {counts[1]} held-out images, {{}}; floor: {len(stand_in)} training "
+        "images in the samples' place"
     )
     return _named(name, [ours], floor, counts[2], protocol)
 
@@ -235,8 +238,9 @@ def _classes(
     name: str, judge: classifier.Shipped, train: Found, heldout: Found, samples: Found
 ) -> tuple[Metrics, dict[str, Any]]:
     k = len(judge.classes)
-    of_train, of_heldout, of_samples = (found.shares(k) for found in (train, heldout, samples))
     n, real = len(torch.cat(samples.sure)), len(torch.cat(heldout.sure))
+    of_heldout, of_samples = heldout.shares(k), samples.shares(k)
+    of_train = train.shares(k, first=n)  # as many as samples: the shares of fewer are further off by chance
     protocol = (
         f"{n} samples, the package's classifier of {name} ({100 * judge.accuracy:.1f} % right on its test images); "
         f"floor: {real} held-out images in the samples' place"
@@ -255,7 +259,7 @@ def _classes(
             [float((of_samples - of_heldout).abs().sum() / 2)],
             n,
             f"half the sum of the differences of the {k} classes' shares among samples and held-out images; "
-            + protocol.replace(f"{real} held-out", f"{len(torch.cat(train.sure))} training"),
+            + protocol.replace(f"{real} held-out", f"{min(n, len(torch.cat(train.sure)))} training"),
             float((of_train - of_heldout).abs().sum() / 2),
         ),
     }

@@ -158,7 +158,8 @@ def measure_variants(
                 values = yardstick.measure(variant.train(training), batch)
             except DataError:
                 continue
-        how = f"saved weights in training mode, batches of {batch}" if training else "last weights, evaluation mode"
+        size = min(batch, yardstick.n)
+        how = f"saved weights in training mode, batches of {size}" if training else "last weights, evaluation mode"
         found[name] = {
             metric: _entry(values[metric], saved, yardstick.n, f"{how}; {yardstick.protocol}")
             for metric, saved in yardstick.saved.items()

@@ -53,9 +53,9 @@ class Found:
         """The features that were kept, in order."""
         return torch.cat(self.kept)
 
-    def shares(self, classes: int) -> Tensor:
-        """Share of the images in each class, `[K]`."""
-        counts = torch.bincount(torch.cat(self.classes), minlength=classes).double()
+    def shares(self, classes: int, first: int | None = None) -> Tensor:
+        """Share of the images, or of so many from the set's start, in each class, `[K]`."""
+        counts = torch.bincount(torch.cat(self.classes)[:first], minlength=classes).double()
         return counts / counts.sum()
 
     def confident(self, threshold: float) -> float:

@@ -29,12 +29,13 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
 
     Arguments:
         model: draws the samples.
-        data: images; at most `MOST` of the training part are searched.
-        seed: of the samples, the same as those of the report's sheet of samples.
+        data: images; at most `MOST` of the training part are searched, and copies of the others are not found.
+        seed: of the samples; without classes they are those that the report's sheet of samples begins with.
 
     Returns:
         The picture; and for "pixels" and "features" the median distance of samples to their nearest training image
-        ("samples") and that of as many held-out images ("heldout"): samples that are much nearer are copies.
+        ("samples") and that of as many held-out images, if there are, ("heldout"). Where all ("train") were searched,
+        copies are much nearer than held-out images; blurred samples are somewhat nearer too.
 
     Source: IntroVAE (2018), Sec. 4.3.
     """
@@ -58,7 +59,12 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
             distance="cosine",
         ),
     }
-    facts: dict[str, Any] = {"space": space.name, "searched": len(train), "n": len(samples)}
+    facts: dict[str, Any] = {
+        "space": space.name,
+        "searched": len(train),
+        "train": len(data.train),
+        "n": len(samples),
+    }
     rows = {}
     for name, its in found.items():
         facts[name] = {"samples": _median(its, slice(len(samples))), "heldout": _median(its, slice(len(samples), None))}

@@ -28,6 +28,13 @@ CAPTIONS = {
 }
 """What each picture shows, in the order in which the page shows them."""
 
+CURVES = {
+    "VAE": "Training. A VAE has no adversary: the KL of fakes is only looked at.",
+    "AGE": "Training. AGE's encoder raises the divergence of fakes above that of real data, its decoder lowers it.",
+    "WGANGP": "Training. The critic's estimate of the Wasserstein distance, and the penalty on its gradient.",
+}
+"""What the curves show of objectives that are no introspective VAE."""
+
 SPACES = {
     "thumb": "8 x 8 pixel averages (layout, light)",
     "randconv": "untrained convolutional features (edges, texture)",
@@ -101,16 +108,24 @@ def render(report: dict[str, Any], folder: Path, settings: str, environment: Seq
 
 
 def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
-    if name == "curves" and report["objective"] == "VAE":
-        return "Training. A VAE has no adversary: the KL of fakes is only looked at."
+    if name == "curves":
+        return CURVES.get(report["objective"], caption)
+    if name == "overview" and report["objective"] == "WGANGP":
+        return "Real data, and draws from the prior."
     if name == "neighbours":
         its = report["neighbours"]
         far = [f"{number(its[kind][part])}" for kind in ("pixels", "features") for part in ("samples", "heldout")]
         return (
-            f"{caption} Median distance to the nearest of {its['searched']:,} training images: by pixels {far[0]} "
+            f"{caption} Median distance to the nearest of {_searched(its)} training images: by pixels {far[0]} "
             f"(held-out images {far[1]}), by 1 - cosine in {its['space']} {far[2]} (held-out images {far[3]})."
         )
     return caption
+
+
+def _searched(its: dict[str, Any]) -> str:
+    """How many training images were looked at; where they are not all, a copy of another one looks new."""
+    some, all_of = its["searched"], its["train"]
+    return f"{some:,}" if some == all_of else f"{some:,} (of {all_of:,}: copies of the others are not seen)"
 
 
 def _embedded(path: Path) -> str:

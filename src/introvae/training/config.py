@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import introvae.baselines  # noqa: F401 - the parser knows the objectives that were imported
+from introvae.augment import Augmentation
 from introvae.data import DATA_OPTIONS, DataOptions, holds_vectors, is_table
 from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
@@ -67,6 +68,10 @@ class FitConfig(DataOptions):
         accumulation: parts in which a batch goes through each phase of a step, for less memory, with the same result;
             not for objectives that compare the samples of a batch.
         flip: mirror images at random.
+        augment: change images at random, real and decoded ones alike: color, translation, cutout, or several with
+            commas between; for small sets (docs/data.md). rec, kl_* and the losses in log.jsonl are then of changed
+            images; pictures and measures are of images as they are.
+        augment_probability: share of the images that `augment` changes.
         conditional: tell both networks the class of each sample; all samples must be labelled (docs/conditional.md).
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
@@ -108,6 +113,8 @@ class FitConfig(DataOptions):
     gradient_checkpointing: bool = False
     accumulation: int = 1
     flip: bool = False
+    augment: str = ""
+    augment_probability: float = 0.8
     conditional: bool = False
     guard: str = "act"
     gradient_every: int = 0
@@ -125,17 +132,10 @@ class FitConfig(DataOptions):
             raise ConfigError(f"objective is {self.objective!r}: give SoftIntroVAE(), another one, or its name")
         positive(batch_size=self.batch_size, lr=self.lr, log_every=self.log_every)
         positive(accumulation=self.accumulation)
-        counts = (
-            "gradient_every",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "lr_warmup",
-            "image_every",
-            "checkpoint_every",
-        )
+        counts = ("gradient_every", "batch_size", "accumulation", "log_every", "lr_warmup")
+        counts = (*counts, "image_every", "checkpoint_every")
         whole(**{name: getattr(self, name) for name in counts})
-        not_negative(**{name: getattr(self, name) for name in counts})
+        not_negative(**{name: getattr(self, name) for name in (*counts, "augment_probability")})
         checked_seed(self.seed)
         if self.gradient_every % self.log_every:
             raise ConfigError(
@@ -154,6 +154,8 @@ class FitConfig(DataOptions):
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILERS, compile=self.compile)
         one_of(GUARDS, guard=self.guard)
+        if self.augmentation is not None and self.compile == "cudagraph":
+            raise ConfigError("compile 'cudagraph' records steps without augmentation: take none, or leave augment out")
         if self.growing.on and self.compile != "none":
             raise ConfigError(f"compile {self.compile!r} is for networks that do not grow: take none, or no growing")
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):
@@ -163,6 +165,12 @@ class FitConfig(DataOptions):
         for name, share in {**shares, "ema": self.ema}.items():
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}: it must be at least 0 and below 1")
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """What changes the images of the steps; None for nothing."""
+        found = Augmentation(self.augment, self.augment_probability)
+        return found if found.names else None
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of step `step` (from 0) of a run of `steps`."""

@@ -63,6 +63,7 @@ class Feed:
         flip: mirror every image with probability 1/2.
         sizes: the size of a batch and this process' share, from the batch's number (from 0), where they change.
         classes: how many classes there are, where the steps are to know each sample's.
+        augment: draw for augmentation too.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Feed:
         flip: bool = False,
         sizes: Callable[[int], tuple[int, slice]] | None = None,
         classes: int = 0,
+        augment: bool = False,
     ) -> None:
         self.batches, self.latent_dim, self.device, self.rows, self.flip = batches, latent_dim, device, rows, flip
         self.noise = torch.Generator().manual_seed(seed)  # on the CPU: any device can go on
         self.seconds_waited = 0.0
-        self.sizes, self.classes, self._made = sizes, classes, 0
+        self.sizes, self.classes, self.augment, self._made = sizes, classes, augment, 0
         self._state = self._now()
         self._ready: queue.Queue[tuple[Any, ...]] | None = None
         self._error: BaseException | None = None
@@ -121,7 +123,7 @@ class Feed:
             x = torch.where(flipped, x.flip(3), x)
         if condition is not None:
             condition = condition.to(self.device, non_blocking=True)
-        return Inputs(to_float(x), Noise(*(draws.to(self.device, non_blocking=True) for draws in noise)), condition)
+        return Inputs(to_float(x), noise.map(lambda draws: draws.to(self.device, non_blocking=True)), condition)
 
     def _make(self) -> tuple[Any, ...]:
         if self.sizes is not None:
@@ -129,12 +131,12 @@ class Feed:
             self._made += 1
         n = self.batches.batch_size
         x, condition = self._read()
-        noise = Noise.draw(n, self.latent_dim, self.noise)
+        noise = Noise.draw(n, self.latent_dim, self.noise, augment=self.augment)
         if len(x) < n:
             noise = noise.rows(self.rows)
         flipped = (torch.rand(n, generator=self.noise) < 0.5)[self.rows] if self.flip else None
         if self.device.type == "cuda":
-            x, noise = x.pin_memory(), Noise(*(draws.pin_memory() for draws in noise))
+            x, noise = x.pin_memory(), noise.map(Tensor.pin_memory)
             condition = None if condition is None else condition.pin_memory()
         return (x, noise, flipped, condition), self._now()
 

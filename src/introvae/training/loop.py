@@ -32,6 +32,7 @@ from introvae.model import IntrospectiveVAE, check_state
 from introvae.networks import use_gradient_checkpointing
 from introvae.objectives import Objective
 from introvae.parallel import Peers, processes
+from introvae.players import Players
 from introvae.precision import float32_multiplications, pick_precision
 from introvae.step import Noise, step_class
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
@@ -140,6 +141,9 @@ class Trainer:
             use_gradient_checkpointing(self.model.decoder)
         if config.flip and len(self.data.shape) != 3:
             raise ConfigError(f"flip mirrors images, {self.data.name} has vectors: leave it out")
+        augment = config.augmentation is not None
+        if augment and len(self.data.shape) != 3:
+            raise ConfigError(f"augment changes images, {self.data.name} has vectors: leave it out")
         self.compile, self.grower = config.compile, None
         self.step = self._make_step()
         self.controller = Controller(
@@ -154,7 +158,7 @@ class Trainer:
         batches = self.data.batches(config.batch_size, config.seed)
         rows, sizes = self._batch(0)[1], self._batch if config.growing.on else None
         known = len(classes or ())
-        self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip, sizes, known)
+        self.feed = Feed(batches, latent_dim, config.seed + 1, self.device, rows, config.flip, sizes, known, augment)
         self.readback = Readback(self.peers)
         self.guard = Guard(config.guard, config.objective, latent_dim, self.controller, self._live, self.peers)
         self.step_index, self.seconds = 0, 0.0
@@ -177,7 +181,9 @@ class Trainer:
             peers=self.peers,
             accumulation=config.accumulation,
             capturable=captured,
+            augment=config.augmentation,
         )
+        self.players: Players = step
         self.renewal = Renewal(step, config.objective, self.data, config.batch_size, config.growing.on)
         if config.growing.on:
             optimizers = (step.encoder_optimizer, step.decoder_optimizer)
@@ -302,7 +308,7 @@ class Trainer:
         self.renewal.before(index)
         due = (index + 1) % config.log_every == 0 or index + 1 == self.steps
         apart = due and (warming or not config.objective.adversarial)
-        fakes = self._fakes(x, noise, condition) if apart else {}
+        fakes = self.players.fake_kls(x, noise, condition) if apart else {}
         every = config.gradient_every
         probing = bool(every and (index + 1) % every == 0)
         record = self.step(x, noise, values, warming=warming, gradients=probing, condition=condition)
@@ -335,16 +341,6 @@ class Trainer:
             self.guard.watch.reference = None
             self.guard.begin(self.step_index)
         return grower.fit(x)
-
-    @torch.no_grad()
-    def _fakes(self, x: Tensor, noise: Noise, condition: Tensor | None) -> dict[str, Tensor]:
-        """The KLs of fakes in steps that make none, for the log."""
-        model = self.model.eval()  # a look must not move the statistics of a batch normalisation
-        z = model.encode(x, condition).sample(noise.real)
-        fakes = {"kl_reconstruction": z, "kl_sample": noise.prior}
-        kls = {name: model.encode(model.decode(z, condition), condition).kl().mean() for name, z in fakes.items()}
-        model.train()
-        return kls
 
     def _log(self, run: Run, lines: Any, row: dict[str, Any], bar: Any) -> None:
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):

@@ -85,10 +85,12 @@ class Plan:
                 warmup=config.warmup,
                 precision=self.precision,
                 accumulation=config.accumulation,
+                augment=config.augmentation,
             )
             average = [parameter.detach().clone() for parameter in model.parameters()]
             x = torch.empty(batch, *self.shape, device=model.device)
-            noise = Noise.draw(batch, model.latent_dim, device=model.device)
+            augment = config.augmentation is not None
+            noise = Noise.draw(batch, model.latent_dim, device=model.device, augment=augment)
             condition = None
             if model.classes is not None:
                 condition = torch.empty(batch, dtype=torch.int64, device=model.device)
