@@ -19,7 +19,7 @@ from commands import Command, Refused
 from introvae import IntrospectiveVAE, Run, evaluate, fit
 from introvae.data import ArrayData, Part, load_data
 from introvae.errors import ConfigError, MissingExtraError
-from introvae.measures import METRICS, examine, look_at_heldout, measure, measure_variants, metrics_in, sets
+from introvae.measures import METRICS, entries, examine, look_at_heldout, measure, measure_variants, metrics_in, sets
 from introvae.measures.sets import collect_sets, set_metrics
 from introvae.metrics import kernel
 from introvae.metrics.classifier import load_classifier
@@ -29,6 +29,7 @@ from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.metrics.kernel import polynomial_mmd
 from introvae.metrics.manifold import Manifold, neighbourhoods
 from introvae.model import IntrospectiveVAE as Model
+from introvae.report import figures
 
 
 def images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
@@ -163,10 +164,10 @@ def test_metrics_in_a_space_are_those_of_its_features():
     assert entry["n"] == 40
     assert found["kid_mnist"]["value"] == pytest.approx(polynomial_mmd(samples, train), rel=1e-4)
     assert found["kid_mnist"]["floor"] == pytest.approx(polynomial_mmd(heldout, train), rel=1e-3, abs=1e-6)
-    real = Manifold(heldout, [3, 5])
+    real, first = Manifold(heldout, [3, 5]), kept.train.spaces["mnist"].features[:40]
     for name, value in neighbourhoods(real, Manifold(samples, [3]))._asdict().items():
         assert found[f"{name}_mnist"]["value"] == pytest.approx(value, abs=1e-9)
-    for name, value in neighbourhoods(real, Manifold(train[:40], [3]))._asdict().items():
+    for name, value in neighbourhoods(real, Manifold(first, [3]))._asdict().items():
         assert found[f"{name}_mnist"]["floor"] == pytest.approx(value, abs=1e-9)
     shipped = load_classifier("mnist")
     p = shipped.network.probabilities(samples)
@@ -294,6 +295,28 @@ def test_held_out_images_are_looked_at_in_batches():
     y = model.reconstruct(x)
     assert torch.equal(whole.mse, (x - y).square().flatten(1).mean(dim=1))
     assert torch.equal(whole.reconstruct(model, [3, 1]), y[[3, 1]])
+
+
+def test_large_images_are_given_to_the_model_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    data, model = data_of(images(20), images(31, seed=1)), drawn(images(30, seed=2))
+    whole, sheet = examine(model, data).metrics, figures.draw(model, 25, seed=1)
+    assert torch.equal(sheet, model.sample(25, torch.Generator().manual_seed(1)))
+    sizes: list[int] = []
+
+    def noting(method: Callable[..., object]) -> Callable[..., object]:
+        return lambda x, condition=None: (sizes.append(len(x)), method(x, condition))[1]
+
+    monkeypatch.setattr(entries, "PIXELS", 6 * 8 * 8)
+    monkeypatch.setattr(entries, "BATCH", 100)
+    monkeypatch.setattr(figures, "BATCH", 6)
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(model, name, noting(getattr(model, name)))
+    found = examine(model, data).metrics
+    assert torch.equal(figures.draw(model, 25, seed=1), sheet)
+    assert max(sizes) == 6
+    assert {name: entry["n"] for name, entry in found.items()} == {name: entry["n"] for name, entry in whole.items()}
+    for name, entry in found.items():
+        assert entry["value"] == pytest.approx(whole[name]["value"], rel=1e-4), name
 
 
 # --- variants

@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from introvae import ConfigError, IntrospectiveVAE
 from introvae.data import from_array
 from introvae.metrics.neighbours import nearest
+from introvae.report import page
 from introvae.report.neighbours import SHOWN, neighbours
 
 QUERY = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -94,3 +95,21 @@ def test_few_training_images_are_no_fault() -> None:
     data = from_array(np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8), name="three")
     _, facts = neighbours(IntrospectiveVAE(Encodes(), Copies(data.train.tensor()), latent_dim=2), data)
     assert facts["searched"] == len(data.train) < SHOWN
+
+
+def test_the_page_says_where_not_all_training_images_were_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = from_array(np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8), name="some")
+    model = IntrospectiveVAE(Encodes(), Copies(data.train.tensor()), latent_dim=2)
+    _, facts = neighbours(model, data)
+    assert "nearest of 54 training images" in page._caption("neighbours", "", {"neighbours": facts})
+    monkeypatch.setattr("introvae.report.neighbours.MOST", 20)
+    _, facts = neighbours(model, data)
+    assert "nearest of 20 (of 54: copies" in page._caption("neighbours", "", {"neighbours": facts})
+
+
+@pytest.mark.parametrize("objective", ["AGE", "WGANGP", "VAE"])
+def test_captions_do_not_tell_of_an_adversary_that_is_not_there(objective: str) -> None:
+    told = page._caption("curves", page.CAPTIONS["curves"], {"objective": objective})
+    assert "introspective" not in told
+    overview = page._caption("overview", page.CAPTIONS["overview"], {"objective": objective})
+    assert ("reconstructions" in overview) == (objective != "WGANGP")

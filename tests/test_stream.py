@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -222,6 +223,17 @@ def test_whole_numbers_as_labels_stay(tmp_path: Path) -> None:
     x, labels = batches(stream(tmp_path)).labelled()
     assert labels.tolist() == [n % 7 for n in numbers(x)]
     assert stream(tmp_path, label="none").heldout.labels is None
+
+
+def test_whole_numbers_name_all_classes_also_one_that_is_not_held_out(tmp_path: Path) -> None:
+    labels = [9 if n == 199 else n % 3 for n in range(200)]
+    write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(200)], label=labels)
+    data = stream(tmp_path)
+    assert data.heldout.labels is not None
+    assert data.heldout.labels.max() < 9
+    assert data.class_names == tuple("0123456789")
+    write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(200)], label=[n + 10**6 for n in range(200)])
+    assert stream(tmp_path).class_names == ()
 
 
 # --- several processes, resuming
@@ -457,7 +469,7 @@ def test_a_broken_row_group_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_no_picture_takes_all_places_of_a_broken_row_group(tmp_path: Path) -> None:
-    contents = [b"no picture" if 120 <= number < 160 else picture(number) for number in range(400)]
+    contents: list[bytes | None] = [b"no picture" if 120 <= number < 160 else picture(number) for number in range(400)]
     loader = batches(stream(write_parquet(tmp_path / "a.parquet", contents)), size=40)
     found = Counter(number for _ in range(9) for number in numbers(loader.stored()))
     assert found.total() == 360
@@ -496,6 +508,14 @@ def test_files_that_are_no_images_are_left_out_and_said(tmp_path: Path) -> None:
     (folder / "scan.nii.gz").write_bytes(b"")
     with pytest.raises(DataError, match="scans"):
         stream(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    folder = broken("folder", tmp_path / "images", set())
+    os.mkfifo(folder / "pipe.png")
+    assert len(FolderShards(folder, DataOptions()).starts) == 401
+    assert "1 files are not used" in " ".join(FolderShards(folder, DataOptions()).remarks())
 
 
 def test_names_that_are_no_text_can_be_read(tmp_path: Path) -> None:

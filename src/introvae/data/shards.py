@@ -31,6 +31,8 @@ from introvae.errors import ConfigError, DataError, first_line
 
 HELD_BLOCKS = 64
 """Row groups that held-out rows are taken from, at least: a few must do, or all would have to be read for them."""
+MOST_NUMBERS = 100_000
+"""Integers as labels that go higher get no names."""
 NEVER = np.uint64(2**64 - 1)
 """The key of a row that is not held out."""
 ORDER = ("train", *HELDOUT_SPLITS)
@@ -145,7 +147,10 @@ class FolderShards:
             try:
                 info = os.stat(os.path.join(self.root, path))
                 with os.scandir(os.path.join(self.root, path)) as found:
-                    entries = [(e.name, e.is_dir()) for e in found if not e.name.startswith(b".")]
+                    seen_here = [e for e in found if not e.name.startswith(b".")]
+                    # A pipe would block whoever opens it; a link that leads nowhere is named when it is met.
+                    entries = [(e.name, e.is_dir()) for e in seen_here if e.is_dir() or e.is_file() or e.is_symlink()]
+                    self.others += len(seen_here) - len(entries)
             except OSError as error:
                 if not path:
                     raise DataError(
@@ -201,7 +206,9 @@ class FolderShards:
     def remarks(self) -> list[str]:
         said = []
         if self.others:
-            said.append(f"{self.others:,} files are not used: their names do not end as those of image files do")
+            said.append(
+                f"{self.others:,} files are not used: their names do not end as those of image files do, or they are pipes"
+            )
         if self.unopened:
             said.append(f"{self.unopened:,} folders cannot be opened")
         return said
@@ -258,7 +265,7 @@ class ParquetShards:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the label column's type, or the words in it."""
+        """Of the label column's type, or the words in it, or the numbers from 0 up to its highest."""
         return self.rows.class_names or self._words
 
     @cached_property
@@ -266,12 +273,15 @@ class ParquetShards:
         label = self.rows.label
         if label is None:
             return ()
-        words: set[str] = set()
+        words, highest = set[str](), -1
         for file in self.files:
             with _opened(file) as parquet:
                 for part in parquet.iter_batches(columns=[label], batch_size=65_536, use_threads=False):
-                    words |= {value for value in part.column(0).unique().to_pylist() if isinstance(value, str)}
-        return tuple(sorted(words))
+                    values = part.column(0).unique().to_pylist()
+                    words |= {value for value in values if isinstance(value, str)}
+                    highest = max(highest, *(value for value in values if isinstance(value, int)), -1)
+        numbers = range(highest + 1 if highest < MOST_NUMBERS else 0)  # higher ones are of something else than classes
+        return tuple(sorted(words)) or tuple(map(str, numbers))
 
     @property
     def labelled(self) -> bool:

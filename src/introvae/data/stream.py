@@ -108,7 +108,7 @@ class StreamedPart(Part):
 class StreamData(ArrayData):
     """Images whose training part is decoded anew in every epoch; the held-out part is kept.
 
-    Pictures that cannot be read are met on the way: the next one takes the place of each, and `skipped` names it.
+    Pictures that cannot be read are met on the way: another takes the place of each, and `skipped` names it.
     """
 
     @property
@@ -146,7 +146,7 @@ class StreamBatches:
     """Endless shuffled full batches, decoded a few ahead by threads.
 
     Where the stream is tells all: every epoch's order depends on nothing but the seed and its number. Several processes
-    that take their rows of each batch decode these alone (and read the row groups that they are in).
+    that take their rows of each batch decode these alone, but each reads all row groups.
 
     Arguments:
         part: what they are of.
@@ -399,7 +399,7 @@ def _remarks(
         how = f"row groups in random order, then among {train.buffer:,} images"
     said = [
         f"decoded anew in every epoch, {how}",
-        "what cannot be read is named when it is met; the next takes its place",
+        "what cannot be read is named when it is met; another takes its place",
     ]
     found = survey.remarks(options, prepare)
     return [*said, *(f"of {survey.pictures:,} that were looked at: {text}" for text in found), *shards.remarks()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from introvae.data import ArrayData, Part
 from introvae.gaussian import DiagonalGaussian
-from introvae.measures.entries import BATCH, Metrics, entry
+from introvae.measures.entries import Metrics, at_once, entry
 from introvae.metrics import posterior, reconstruction
 from introvae.model import IntrospectiveVAE
 
@@ -41,12 +41,12 @@ class Heldout(NamedTuple):
 
     def reconstruct(self, model: IntrospectiveVAE, rows: slice | list[int] = slice(None)) -> Tensor:
         """The reconstructions of some rows, made anew."""
-        mode = self.posterior.mode[rows]
+        mode, batch = self.posterior.mode[rows], at_once(tuple(self.part.x.shape[1:]))
         condition = None if self.condition is None else self.condition[rows]
         with torch.no_grad():
             parts = [
                 model.decode(mode[some].to(model.device), None if condition is None else condition[some]).cpu()
-                for some in (slice(start, start + BATCH) for start in range(0, len(mode), BATCH))
+                for some in (slice(start, start + batch) for start in range(0, len(mode), batch))
             ]
         return torch.cat(parts)
 
@@ -58,16 +58,17 @@ def look_at_heldout(
     *,
     part: Part | None = None,
     lpips: Distance | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Heldout:
     """Encode the held-out part and decode the modes, a batch at a time, once for all that is measured and drawn.
 
     Arguments:
         part: another part than the held-out one.
         lpips: a distance of images to be measured too.
-        batch: how many at a time.
+        batch: how many at a time, by default as many as images of their size allow.
     """
     part = data.heldout if part is None else part
+    batch = at_once(data.shape) if batch is None else batch
     condition = model.condition_for(part.labels, data.class_names)
     posteriors: list[DiagonalGaussian] = []
     errors: dict[str, list[Tensor]] = {}

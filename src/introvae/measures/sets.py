@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Part
-from introvae.measures.entries import Metrics, entry
+from introvae.measures.entries import Metrics, at_once, entry
 from introvae.metrics import classifier, diversity, kernel
 from introvae.metrics.collect import Collected, Found, Wanted, collect
 from introvae.metrics.features import FeatureSpace, default_spaces, feature_space
@@ -105,13 +105,13 @@ def collect_sets(model: IntrospectiveVAE, data: ArrayData, seed: int, features: 
     condition = model.draw_condition(drawn, generator)
     read = decoded(model, latents, condition)
     pairs = min(PAIRS, len(unseen) // 2) if images and diversity.ms_ssim_scales(min(data.shape[1:])) else 0
-    first = min(COMPARED, len(unseen))
-    early = collect(read, of_samples, first, pairs=pairs)
+    first, batch = min(COMPARED, len(unseen)), at_once(data.shape)
+    early = collect(read, of_samples, first, batch=batch, pairs=pairs)
     samples = Collected()
     samples.merge(early)
-    samples.merge(collect(read, of_samples, drawn, start=first, pairs=pairs))
-    train = collect(stored(model, reference), of_train, len(reference))
-    heldout = collect(stored(model, unseen), of_unseen, len(unseen), pairs=pairs)
+    samples.merge(collect(read, of_samples, drawn, start=first, batch=batch, pairs=pairs))
+    train = collect(stored(model, reference), of_train, len(reference), batch=batch)
+    heldout = collect(stored(model, unseen), of_unseen, len(unseen), batch=batch, pairs=pairs)
     return Sets(spaces, rows, unseen, latents, condition, reference.labels, train, heldout, samples, early)
 
 

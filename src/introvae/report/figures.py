@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from introvae.classes import parts_of
 from introvae.data import ArrayData
+from introvae.measures.entries import BATCH, at_once
+from introvae.measures.sets import decoded
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import image_grid, labelled_rows, stack_columns
 
@@ -25,7 +28,17 @@ BARS = 256
 
 def samples(model: IntrospectiveVAE, seed: int = 1) -> Image:
     """A sheet of draws from the prior; the overview has those of seed 0."""
-    return image_grid(model.sample(SAMPLES, torch.Generator().manual_seed(seed)), columns=16)
+    return image_grid(draw(model, SAMPLES, seed), columns=16)
+
+
+@torch.no_grad()
+def draw(model: IntrospectiveVAE, n: int, seed: int) -> Tensor:
+    """What `model.sample` gives for that seed, on the CPU; of large images not all are decoded at once."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(n, model.latent_dim, generator=generator)
+    read = decoded(model, latents, model.draw_condition(n, generator))
+    size = BATCH if model.shape is None else at_once(model.shape)
+    return torch.cat([read(start, start + size).cpu() for start in range(0, n, size)])
 
 
 def ranked(x: Tensor, y: Tensor, order: Sequence[int], columns: int = COLUMNS) -> Image:
@@ -49,7 +62,8 @@ def interpolations(model: IntrospectiveVAE, x: Tensor, condition: Tensor | None 
         condition: the class of each image, where the model takes one.
     """
     of_ends = (None, None) if condition is None else (condition[0::2], condition[1::2])
-    ways = model.interpolate(x[0::2], x[1::2], STEPS, False, *of_ends)
+    pairs = zip(x[0::2].split(1), x[1::2].split(1), *(parts_of(c, len(x) // 2, 1) for c in of_ends), strict=True)
+    ways = torch.cat([model.interpolate(a, b, STEPS, False, *given) for a, b, *given in pairs])  # a row at a time
     rows = torch.cat([x[0::2, None].to(ways), ways, x[1::2, None].to(ways)], dim=1)
     return image_grid(rows.flatten(0, 1), columns=STEPS + 2)
 

@@ -12,6 +12,7 @@ from introvae.metrics.features import default_spaces, feature_space
 from introvae.metrics.neighbours import Neighbours, nearest
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import labelled_rows, stack_columns
+from introvae.report.figures import draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +42,7 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
     """
     space = feature_space(default_spaces(data.name, data.shape)[-1])
     train = data.train.some(MOST, torch.Generator().manual_seed(seed))
-    samples = model.sample(MEASURED, torch.Generator().manual_seed(seed)).cpu()
+    samples = draw(model, MEASURED, seed)
     heldout = data.heldout.some(MEASURED, torch.Generator().manual_seed(seed)).tensor()
     queries = torch.cat([samples, heldout])
     parts = [slice(start, start + BATCH) for start in range(0, len(train), BATCH)]
