@@ -20,13 +20,8 @@ BAND = (0.0, 0.5)
 above it the encoder sees more than the decoder can follow."""
 GAIN, MOST_CHANGE = 0.5, 0.04
 """Change of ln(exponent) at a look: gain times the distance from the band, at most 4 %."""
-RETURN = 0.005
-"""Share of ln(exponent / home) that a look inside the band takes back: half the way in about 1,400 steps."""
-START, HOME = 2.5, 1.5
-"""The exponent alpha s beta_neg KL(real) of the first adversarial step, and where it goes from there: about those of
-the published settings on 8 Gaussians, whose KL(real) falls when the players begin. Begun at 1.5, one run of five lost a
-mode.
-"""
+START = 1.5
+"""The exponent alpha s beta_neg KL(real) at the start, about that of the published settings on 8 Gaussians."""
 LEAST, MOST = 1.0, 10.0
 """Bounds of the exponent. The encoder's push on a fake with the KL of real data, s beta_neg exp(-exponent), is largest
 at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
@@ -38,7 +33,7 @@ LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 
 
-def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = HOME) -> float:
+def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = START) -> float:
     """The beta_neg with which a fake of this KL, that of real data, has this exponent alpha s beta_neg KL.
 
     Example:
@@ -112,11 +107,9 @@ class Averages:
 class Gap:
     """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
 
-    What the encoder's push depends on is the exponent alpha s beta_neg KL, with the KL of real data. It begins at
-    `START` and goes to `HOME`, and beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
-    and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
-    to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
-    no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
+    What the encoder's push depends on is the exponent alpha s beta_neg KL. It begins at `START` and beta_neg follows
+    KL(real) so that it stays there. When KL(fake) falls under KL(real), the adversary sleeps, and the exponent falls
+    towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to `MOST`.
 
     Arguments:
         objective: `SoftIntroVAE` or `ASIntroVAE`.
@@ -127,7 +120,6 @@ class Gap:
     def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
         self._averages = Averages(("kl", "gap"), device)
         self._exponent = torch.tensor(START, device=device)
-        self._home = HOME
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
@@ -142,27 +134,22 @@ class Gap:
             return
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
-        outside = relative - relative.clamp(*BAND)
-        back = RETURN * (self._home / self._exponent).log()
-        change = torch.where(outside == 0, back, (GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE))
-        change = torch.where((kl_fake - kl_real).isfinite(), change, 0.0)
-        self._exponent.mul_(change.exp()).clamp_(LEAST, MOST)
+        outside = torch.where((kl_fake - kl_real).isfinite(), relative - relative.clamp(*BAND), 0.0)
+        self._exponent.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp()).clamp_(LEAST, MOST)
         self._follow(value)
 
     def multiply(self, factor: float) -> None:
         self._exponent.mul_(factor).clamp_(LEAST, MOST)
-        self._home = min(max(self._home * factor, LEAST), MOST)
 
     def _follow(self, value: Tensor) -> None:
         value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone(), "home": self._home}
+        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._exponent.copy_(state["exponent"])
-        self._home = state.get("home", HOME)
 
 
 class Margin:
