@@ -29,7 +29,7 @@ from introvae import (
 from introvae.cli import main
 from introvae.step import Noise
 from introvae.training.checkpoint import list_checkpoints
-from introvae.training.config import load_config, parse_config
+from introvae.training.config import config_from_words, load_config, parse_config
 from introvae.training.feed import Feed
 from introvae.training.growing import Grower, Growth, Schedule
 from introvae.training.loop import Trainer
@@ -423,3 +423,9 @@ def test_the_command_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert Run.open(tmp_path / "run").config().steps == 6
     assert main(["fit", *words, *out, "--steps", "2", "--out", str(tmp_path / "short")]) == 2
     assert "growing takes 4 steps before the whole network is trained" in capsys.readouterr().err
+
+
+def test_a_recipe_s_length_gives_way_to_growing() -> None:
+    words = ["--data", "digits", "--network", "style", "--growing.samples", "1000"]
+    assert config_from_words(words).steps is None
+    assert config_from_words([*words, "--steps", "50"]).steps == 50

@@ -207,7 +207,7 @@ class FolderShards:
         said = []
         if self.others:
             said.append(
-                f"{self.others:,} files are not used: their names do not end as those of image files do, or they are pipes"
+                f"{self.others:,} files are not used: their names do not end as image files' do, or they are pipes"
             )
         if self.unopened:
             said.append(f"{self.unopened:,} folders cannot be opened")

@@ -300,6 +300,8 @@ def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool 
     ):
         if one in given and other not in given:
             first.append(f"{other}={none}")
+    if "--growing.samples" in given and not resuming and not given & {"--steps", "--epochs"}:
+        first += ["--steps=null", "--epochs=null"]  # it ends when the last level has seen its samples
     if "--network" in given and not resuming and not any(name.startswith("--network_options") for name in given):
         first.append("--network_options={}")
     asked = None

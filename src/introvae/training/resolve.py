@@ -94,8 +94,15 @@ def resolve(config: FitConfig, data: Data) -> FitConfig:
         warmup=warmup,
         latent_dim=latent_dim,
         network=network,
-        stream="always" if isinstance(data, StreamData) else config.stream,  # a resumed run must choose the same
+        stream=_chosen(config.stream, data),
     )
+
+
+def _chosen(stream: str, data: Data) -> str:
+    """What "auto" came to: a resumed run must not choose anew."""
+    if isinstance(data, StreamData):
+        return "always"
+    return "never" if stream == "auto" and isinstance(data, ArrayData) else stream
 
 
 def _steps(config: FitConfig, data: Data, schedule: Schedule) -> int:
