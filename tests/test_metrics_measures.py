@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from commands import Command, Refused
 from introvae import IntrospectiveVAE, Run, evaluate, fit
-from introvae.data import ArrayData, Part, load_data
+from introvae.data import ArrayData, DensityData, Part, load_data
 from introvae.errors import ConfigError, MissingExtraError
 from introvae.measures import METRICS, entries, examine, look_at_heldout, measure, measure_variants, metrics_in, sets
 from introvae.measures.sets import collect_sets, set_metrics
+from introvae.measures.variants import PlaneYardstick
 from introvae.metrics import kernel
 from introvae.metrics.classifier import load_classifier
 from introvae.metrics.collect import Collected, Wanted, collect
@@ -265,25 +266,43 @@ def test_no_image_is_decoded_or_looked_at_twice(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.cat(seen), kept.latents)
 
 
-@pytest.mark.parametrize("heldout", [1, 2, 4, 6])
-def test_few_images_have_the_metrics_that_they_can_have(heldout: int):
-    found = measure(drawn(images(9, seed=2)), data_of(images(30), images(heldout, seed=1)))
+@pytest.mark.parametrize(("train", "heldout"), [(50, 1), (50, 2), (50, 49), (49, 50), (50, 50)])
+def test_few_images_have_the_metrics_that_they_can_have(train: int, heldout: int):
+    found = measure(drawn(images(9, seed=2)), data_of(images(train), images(heldout, seed=1)))
     assert ("frechet_thumb" in found) == (heldout > 1)
-    assert ("precision_pixels" in found) == (heldout > 3)
-    assert ("coverage_pixels" in found) == (heldout > 5)
+    assert ("precision_pixels" in found) == ("coverage_pixels" in found) == (train == heldout == 50)
     assert all(math.isfinite(entry["value"]) for entry in found.values())
 
 
 @pytest.mark.parametrize("encodes", ["posterior", "mode", "nothing"])
 def test_what_the_encoder_does_not_give_is_not_measured(encodes: str):
-    data, model = data_of(images(60), images(40, seed=1)), drawn(images(30, seed=2))
+    data, model = data_of(images(60), images(50, seed=1)), drawn(images(30, seed=2))
     found = examine(model, data, encodes=encodes)
     assert ("kl_real_nats" in found.metrics) == ("active_units" in found.metrics) == (encodes == "posterior")
     assert ("mse" in found.metrics) == (encodes != "nothing")
     assert {"frechet_thumb", "msssim_pairs", "recall_pixels"} <= set(found.metrics)
     assert found.yardstick is not None
     assert ("kl_real_nats" in found.yardstick.saved) == (encodes == "posterior")
+    assert ("active_units" in found.yardstick.saved) == (encodes == "posterior")
     assert set(found.yardstick.measure(model, 16)) == set(found.yardstick.saved)
+
+
+def test_an_aggregate_posterior_has_no_floor_and_a_collapsed_encoder_has_zero():
+    class Collapsed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (zeros := self.weight.expand(len(x), 2)), zeros
+
+    data = data_of(images(60), images(40, seed=1))
+    model = IntrospectiveVAE(Collapsed(), Fixed(images(30, seed=2)), latent_dim=2).eval()
+    found = measure(model, data)
+    assert found["kl_aggregate_nats"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["active_units"]["value"] == 0
+    assert "floor" not in found["kl_aggregate_nats"]
+    assert "has 0 too" in found["kl_aggregate_nats"]["protocol"]
 
 
 def test_held_out_images_are_looked_at_in_batches():
@@ -340,7 +359,7 @@ def test_a_model_without_batch_statistics_has_no_gap_in_training_mode():
     yardstick = examine(model, data).yardstick
     assert yardstick is not None
     found = measure_variants(model, yardstick, None, batch=8)
-    assert set(found) == {"training mode"}
+    assert found["raw weights"] == "no checkpoint with these weights"
     assert "batches of 9;" in found["training mode"]["mse"]["protocol"]  # 41 = 5 x 8 + 1: no batch of one
     more = measure_variants(model, yardstick, None, batch=64)["training mode"]["mse"]["protocol"]
     assert "batches of 41;" in more  # all there are
@@ -349,6 +368,7 @@ def test_a_model_without_batch_statistics_has_no_gap_in_training_mode():
         "psnr_db",
         "ssim",
         "kl_real_nats",
+        "active_units",
         "frechet_thumb",
         "frechet_randconv",
     }
@@ -377,31 +397,75 @@ def test_training_mode_is_measured_on_a_copy_with_the_statistics_of_batches():
 
 def test_the_saved_values_are_those_of_the_report():
     model, data = batch_normed(), data_of(images(60), images(32, seed=1))
-    found = examine(model, data)
+    found = examine(model, data, features=["randconv"])
     assert found.yardstick is not None
+    assert {*metrics_in("randconv"), "active_units"} <= set(found.yardstick.saved)
     for name, value in found.yardstick.saved.items():
         assert value == pytest.approx(found.metrics[name]["value"], rel=1e-6), name
 
 
 def test_other_weights_are_measured_as_they_would_be_alone():
     model, other, data = batch_normed(), batch_normed(1), data_of(images(60), images(33, seed=1))
-    yardstick = examine(model, data).yardstick
+    yardstick = examine(model, data, features=["randconv"]).yardstick
     assert yardstick is not None
     found = measure_variants(model, yardstick, other.state_dict(), batch=16)  # 33 = 2 x 16 + 1: no batch of one
     assert set(found) == {"training mode", "raw weights"}
-    alone = measure(other, data)
+    alone = examine(other, data, features=["randconv"]).metrics
     for name, entry in found["raw weights"].items():
         assert entry["value"] == pytest.approx(alone[name]["value"], rel=1e-4), name
     assert "evaluation mode" in found["raw weights"]["mse"]["protocol"]
     assert "batches of 17" in found["training mode"]["mse"]["protocol"]
 
 
-def test_a_variant_that_diverged_is_left_out():
+def test_variants_are_measured_by_the_features_of_as_many_images(monkeypatch: pytest.MonkeyPatch):
+    data, model = data_of(images(60), images(40, seed=1)), batch_normed()
+    monkeypatch.setattr(kernel, "SUBSET", 20)
+    monkeypatch.setattr(sets, "COMPARED", 16)
+    yardstick = examine(model, data, features=["randconv"]).yardstick
+    assert yardstick is not None
+    kept, space = collect_sets(model, data, 0, ["randconv"]), feature_space("randconv")
+    with torch.no_grad():
+        train, heldout = kept.train.spaces["randconv"].features[:20], space(kept.unseen.tensor()[:16])
+        samples = space(model.decode(kept.latents[:16]))
+    saved = yardstick.saved
+    assert saved["kid_randconv"] == pytest.approx(polynomial_mmd(samples, train), rel=1e-4)
+    for name, value in neighbourhoods(Manifold(heldout, [3, 5]), Manifold(samples, [3]))._asdict().items():
+        assert saved[f"{name}_randconv"] == pytest.approx(value, abs=1e-9)
+    assert "KID against 20 training images, precision to coverage against 16 held-out" in yardstick.protocol
+    plain = examine(model, data).yardstick
+    assert plain is not None
+    assert "KID" not in plain.protocol
+
+
+def test_a_variant_that_diverged_is_said_to_have():
     model, data = batch_normed(), data_of(images(60), images(32, seed=1))
     yardstick = examine(model, data).yardstick
     assert yardstick is not None
     broken = {name: torch.full_like(x, torch.nan) if "weight" in name else x for name, x in model.state_dict().items()}
-    assert set(measure_variants(model, yardstick, broken, batch=16)) == {"training mode"}
+    found = measure_variants(model, yardstick, broken, batch=16)
+    assert found["raw weights"] == "not finite"
+    assert math.isfinite(found["training mode"]["mse"]["value"])
+
+
+class TooLoud(nn.Module):
+    """A layer that gives no numbers in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.nan if self.training else x
+
+
+def test_training_mode_that_is_not_finite_is_named_in_the_plane_too():
+    for data in (data_of(images(60), images(32, seed=1)), load_data("density:8gaussians")):
+        torch.manual_seed(0)
+        network = "tiny-conv" if isinstance(data, ArrayData) else "mlp"
+        model = IntrospectiveVAE.build(data.shape, network, latent_dim=4)
+        model.decoder = nn.Sequential(model.decoder, TooLoud())
+        model.eval()
+        plane = PlaneYardstick(model, data.density, 50, 0) if isinstance(data, DensityData) else None
+        yardstick = plane or examine(model, data).yardstick
+        assert yardstick is not None
+        found = measure_variants(model, yardstick, None, batch=16)
+        assert found == {"training mode": "not finite", "raw weights": "no checkpoint with these weights"}
 
 
 def test_a_random_layer_does_not_change_other_draws():
@@ -469,7 +533,12 @@ def spoil_other(path: Path) -> None:
 def test_raw_weights_that_are_not_the_models_are_not_measured(run: Run, spoil: Callable[[Path], None]):
     for path in run.checkpoints.glob("*.pt"):
         spoil(path)
-    assert set(evaluate(run)["variants"]) == {"training mode"}
+    report = evaluate(run)
+    assert report["variants"]["raw weights"] == "no checkpoint with these weights"
+    assert report["variants"]["training mode"]["mse"]["n"] > 0
+    assert '<td colspan="4">no checkpoint with these weights</td>' in (run.folder / "report.html").read_text()
+    again = evaluate(run, metrics="mse")["variants"]
+    assert again == report["variants"]
 
 
 def test_named_metrics_name_those_of_the_variants_too(run: Run):

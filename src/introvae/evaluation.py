@@ -58,10 +58,12 @@ def evaluate(
 
     Returns:
         What stands in report.json: `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol",
-        "floor"}}, "variants": {"training mode" or "raw weights": {name: {"value", "saved", "gap", "n", "protocol"}}},
+        "floor"}}, "variants": {"training mode" or "raw weights": {name: {"value", "saved", "gap", "n", "protocol"}}
+        or why there are none},
         "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left out.
-        "floor" is what a perfect sampler, or held-out real images in the samples' place, score; "gap" is how far a
-        variant is from the saved model (averaged weights, evaluation mode), as a share of that one's value.
+        "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
+        distance training ones), or a perfect sampler; "gap" is how far a variant is from the saved model (in evaluation
+        mode), as a share of that one's value.
 
     Raises:
         RunError: no finished run there.
@@ -100,8 +102,7 @@ def evaluate(
     }
     if found.yardstick is not None:
         variants = measure_variants(model, found.yardstick, _raw_weights(run, model), config.batch_size, seed)
-        old = before.get("variants", {})
-        report["variants"] = {name: {**old.get(name, {}), **_only(metrics, v)} for name, v in variants.items()}
+        report["variants"] = _joined(before.get("variants", {}), variants, metrics)
     if found.class_shares:
         report["class_shares"] = found.class_shares
     overview, log = f"images/evaluation{suffix}.png", rows if not suffix else []
@@ -287,9 +288,17 @@ def _raw_weights(run: Run, model: IntrospectiveVAE) -> dict[str, torch.Tensor] |
     return raw if all(torch.equal(averaged[name], x) for name, x in saved.items()) else None
 
 
-def _only(names: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of those names; all where there are none."""
-    return {name: value for name, value in values.items() if not names or name in names}
+def _joined(old: dict[str, Any], variants: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What was found of variants, the metrics of those names or all, beside what an earlier report says of others."""
+    joined: dict[str, Any] = {}
+    for variant, found in variants.items():
+        if isinstance(found, str):
+            joined[variant] = found
+            continue
+        before = old.get(variant, {})
+        kept = {} if isinstance(before, str) else before
+        joined[variant] = {**kept, **{name: entry for name, entry in found.items() if not names or name in names}}
+    return joined
 
 
 def table(report: dict[str, Any], names: Sequence[str] = ()) -> str:

@@ -31,6 +31,8 @@ SAMPLES, REPEATS, REFERENCE = 500, 5, 2000
 """For the metrics of pixels: samples in each of REPEATS draws, real images."""
 MAX_PIXELS = 32 * 32 * 3
 """Largest image that the pixel classifier and the pixel manifold are used on."""
+FEWEST = 50
+"""With fewer real images in a part, the metrics of pixels say nothing."""
 MAX_CLASSES = 50
 """With more classes (persons, say) the pixel classifier says nothing."""
 SURE = 0.9
@@ -284,12 +286,11 @@ def _pixels(sets: Sets) -> Metrics:
     """What pixels tell: neighbourhoods, and what a classifier fitted on them says where the images are labelled."""
     train, real, fakes = (s.spaces["pixels"].features for s in (sets.train, sets.heldout, sets.samples))
     train, real, draws = train[:REFERENCE], real[:REFERENCE], list(fakes[: SAMPLES * REPEATS].split(SAMPLES))
-    if min(len(train), len(real)) <= NEIGHBOUR:
+    if min(len(train), len(real)) < FEWEST:
         return {}
-    k = DENSITY_NEIGHBOUR if min(len(train), len(real)) > DENSITY_NEIGHBOUR else None
-    known = Manifold(real, [NEIGHBOUR, *([] if k is None else [k])])
-    scores = [neighbourhoods(known, Manifold(x, [NEIGHBOUR]), density_k=k) for x in draws]
-    floor = neighbourhoods(known, Manifold(train[:SAMPLES], [NEIGHBOUR]), density_k=k)
+    known = Manifold(real, [NEIGHBOUR, DENSITY_NEIGHBOUR])
+    scores = [neighbourhoods(known, Manifold(x, [NEIGHBOUR])) for x in draws]
+    floor = neighbourhoods(known, Manifold(train[:SAMPLES], [NEIGHBOUR]))
     protocol = (
         f"{SAMPLES} samples, {REPEATS} draws, {len(real)} held-out images, {{}} in pixel space; "
         f"floor: {len(train[:SAMPLES])} training images in the samples' place"

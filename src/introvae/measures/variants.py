@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,13 +14,18 @@ from torch import Tensor
 from introvae.data import ArrayData, Density
 from introvae.errors import DataError
 from introvae.measures.heldout import Heldout, look_at_heldout
-from introvae.measures.sets import SURE, Sets, decoded
-from introvae.metrics import histogram
+from introvae.measures.sets import NEIGHBOURS, SURE, Sets, decoded, small
+from introvae.metrics import histogram, kernel
 from introvae.metrics.collect import Collected, Wanted, collect
 from introvae.metrics.frechet import frechet_distance
+from introvae.metrics.manifold import DENSITY_NEIGHBOUR, NEIGHBOUR, Manifold, neighbourhoods
+from introvae.metrics.posterior import active_units
 from introvae.model import IntrospectiveVAE
 
 Values = dict[str, float]
+
+NOT_FINITE, NO_WEIGHTS = "not finite", "no checkpoint with these weights"
+"""What stands in a variant's place that could not be measured."""
 
 
 class Yardstick(Protocol):
@@ -62,7 +68,11 @@ class SetYardstick:
     def protocol(self) -> str:
         """How it is measured."""
         held = "" if self.heldout is None else f"{self.n} held-out samples, z = mode, and "
-        return f"{held}{self.n} latents, the same ones as for the saved model"
+        text = f"{held}{self.n} latents, the same ones as for the saved model"
+        if fully := [name for name, (_, fully) in self.sets.spaces.items() if fully]:
+            train = min(kernel.SUBSET, len(self.sets.train.spaces[fully[0]].features))
+            text += f"; KID against {train} training images, precision to coverage against {self.n} held-out ones"
+        return text
 
     @property
     def saved(self) -> Values:
@@ -74,7 +84,7 @@ class SetYardstick:
         found = None
         if self.heldout is not None:
             found = look_at_heldout(model, self.data, part=self.sets.unseen[slice(self.n)], batch=batch)
-        wanted = [Wanted(space, self.n) for space, _ in self.sets.spaces.values()]
+        wanted = [Wanted(space, self.n, self.n if fully else 0) for space, fully in self.sets.spaces.values()]
         samples = collect(decoded(model, self.sets.latents, self.sets.condition), wanted, self.n, batch=batch)
         return self._values(found, torch.arange(self.n), samples)
 
@@ -84,13 +94,26 @@ class SetYardstick:
             values = {name: e[rows].mean().item() for name, e in heldout.errors.items() if name != "lpips"}
             if self.posteriors:
                 values["kl_real_nats"] = heldout.posterior.kl()[rows].mean().item()
-        for name in self.sets.spaces:
+                values["active_units"] = float(active_units(heldout.posterior.mean[rows]))
+        for name, (_, fully) in self.sets.spaces.items():
             ours, real = samples.spaces[name], self.sets.train.spaces[name]
             assert ours.sums is not None
             assert real.sums is not None
             values[f"frechet_{name}"] = frechet_distance(ours.sums, real.sums)
+            if fully:
+                values |= self._by_features(name, ours.features[: self.n])
             if name in self.sets.known_classes:
                 values[f"confident_share_{name}"] = ours.confident(SURE)
+        return values
+
+    def _by_features(self, name: str, ours: Tensor) -> Values:
+        """What the features themselves tell, and not their mean and covariance alone."""
+        train, unseen = self.sets.train.spaces[name].features, self.sets.heldout.spaces[name].features[: self.n]
+        values = {f"kid_{name}": kernel.polynomial_mmd(ours, train[: kernel.SUBSET])}
+        if min(len(ours), len(unseen)) > DENSITY_NEIGHBOUR and not (name == "pixels" and small(self.data)):
+            real = Manifold(unseen, [NEIGHBOUR, DENSITY_NEIGHBOUR])
+            found = neighbourhoods(real, Manifold(ours, [NEIGHBOUR]))
+            values |= {f"{metric}_{name}": getattr(found, metric) for metric in NEIGHBOURS}
         return values
 
 
@@ -126,7 +149,7 @@ class PlaneYardstick:
 
 def measure_variants(
     model: IntrospectiveVAE, yardstick: Yardstick, raw: Mapping[str, Tensor] | None, batch: int, seed: int = 0
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """The main metrics of the saved model in training mode, and of the weights that were not averaged.
 
     The saved model itself is left as it is: what running statistics a pass in training mode would change are a copy's.
@@ -140,13 +163,15 @@ def measure_variants(
 
     Returns:
         {variant: {metric: {"value", "saved", "gap", "n", "protocol"}}}; "saved" is the saved model's value on the same
-        data and latents, "gap" the difference as a share of it. A variant that makes no finite values is left out.
+        data and latents, "gap" the difference as a share of it. In the place of a variant that makes values that are
+        not finite, or of raw weights that are not known, a text says so.
     """
     while yardstick.n > 1 and yardstick.n % batch == 1:
         batch += 1  # a last batch of one has no statistics
-    found = {}
+    found: dict[str, Any] = {}
     for name, weights, training in (("training mode", None, True), ("raw weights", raw, False)):
         if name == "raw weights" and raw is None:
+            found[name] = NO_WEIGHTS
             continue
         variant = copy.deepcopy(model)
         if weights is not None:
@@ -157,7 +182,10 @@ def measure_variants(
             try:
                 values = yardstick.measure(variant.train(training), batch)
             except DataError:
-                continue
+                values = {}
+        if not values or not all(math.isfinite(value) for value in values.values()):
+            found[name] = NOT_FINITE
+            continue
         size = min(batch, yardstick.n)
         how = f"saved weights in training mode, batches of {size}" if training else "last weights, evaluation mode"
         found[name] = {

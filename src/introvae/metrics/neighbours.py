@@ -11,6 +11,8 @@ from torch import Tensor
 from introvae.errors import ConfigError, one_of, positive
 
 DISTANCES = ("euclidean", "cosine")
+PAIRS = 2**22
+"""So many values are subtracted at a time where distances are computed exactly."""
 
 
 class Neighbours(NamedTuple):
@@ -27,6 +29,8 @@ class Neighbours(NamedTuple):
 
 def nearest(query: Tensor, batches: Iterable[Tensor], k: int = 1, distance: str = "euclidean") -> Neighbours:
     """The k nearest rows to each query, in one pass over a set that need not fit in memory.
+
+    Of equally near rows the first one is the nearest, and a copy is at distance 0.
 
     Arguments:
         query: features `[N, ...]`, flattened here; pixels are features too.
@@ -52,7 +56,7 @@ def nearest(query: Tensor, batches: Iterable[Tensor], k: int = 1, distance: str 
     seen = 0
     for batch in batches:
         features = _features(batch, distance)
-        found = torch.cdist(query, features, compute_mode="donot_use_mm_for_euclid_dist")
+        found = _distances(query, features, k, best[:, -1])
         rows = torch.arange(seen, seen + len(features)).expand(len(query), -1)
         seen += len(features)
         together = torch.cat([best, found], dim=1)
@@ -63,6 +67,29 @@ def nearest(query: Tensor, batches: Iterable[Tensor], k: int = 1, distance: str 
         raise ConfigError(f"a set of {seen} has no {k} nearest: take a smaller number, or more data")
     # Between unit vectors, |a - b|^2 = 2 (1 - cos).
     return Neighbours(index, best.square() / 2 if distance == "cosine" else best)
+
+
+def _distances(query: Tensor, features: Tensor, k: int, best: Tensor) -> Tensor:
+    """Distances `[N, M]` of those that can be among the k nearest, infinity for all others.
+
+    A matrix product tells which those are, and no more: it rounds distances of 0 to others.
+
+    Arguments:
+        k: how many are looked for.
+        best: each query's k-th nearest so far, `[N]`.
+    """
+    lengths = [points.square().sum(dim=1) for points in (query, features)]
+    squares = lengths[0][:, None] + lengths[1] - 2 * query @ features.T
+    unsure = 4 * query.shape[1] * torch.finfo(squares.dtype).eps * (lengths[0] + lengths[1].max())
+    limit = best.square()
+    if k <= len(features):
+        limit = limit.minimum(squares.kthvalue(k, dim=1).values + unsure)
+    places, rows = (~(squares > (limit + unsure)[:, None])).nonzero(as_tuple=True)
+    found = torch.full_like(squares, torch.inf)
+    at_once = max(1, PAIRS // query.shape[1])
+    for place, row in zip(places.split(at_once), rows.split(at_once), strict=True):
+        found[place, row] = (query[place] - features[row]).square().sum(dim=1).sqrt()
+    return found
 
 
 def _features(x: Tensor, distance: str) -> Tensor:

@@ -54,7 +54,8 @@ MEANING = {
     "ssim": "structural similarity, at most 1",
     "kl_real_nats": "KL of held-out data to the prior, nats",
     "active_units": "latent dimensions in use",
-    "kl_aggregate_nats": "KL to the prior of the Gaussian fit to all posteriors together, nats; lower is better",
+    "kl_aggregate_nats": "KL to the prior of the Gaussian fit to all posteriors together, nats; 0 of a collapsed "
+    "encoder too",
     "lpips": "LPIPS, how different reconstructions look to a network; lower is better",
     "msssim_pairs": "likeness (MS-SSIM) of pairs of samples; above the floor, samples are too alike",
     "confident_share": "share of samples that a classifier is sure of",
@@ -114,10 +115,14 @@ def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
         return "Real data, and draws from the prior."
     if name == "neighbours":
         its = report["neighbours"]
-        far = [f"{number(its[kind][part])}" for kind in ("pixels", "features") for part in ("samples", "heldout")]
+        far = [
+            f"{number(its[kind]['samples'])}, {number(its[kind]['samples_5'])} (held-out images "
+            f"{number(its[kind]['heldout'])}, {number(its[kind]['heldout_5'])})"
+            for kind in ("pixels", "features")
+        ]
         return (
-            f"{caption} Median distance to the nearest of {_searched(its)} training images: by pixels {far[0]} "
-            f"(held-out images {far[1]}), by 1 - cosine in {its['space']} {far[2]} (held-out images {far[3]})."
+            f"{caption} Distance to the nearest of {_searched(its)} training images, median and 5 % quantile: by "
+            f"pixels {far[0]}, by 1 - cosine in {its['space']} {far[1]}."
         )
     return caption
 
