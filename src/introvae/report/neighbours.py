@@ -74,15 +74,14 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
         "train": len(data.train),
         "n": len(samples),
     }
-    rows = {}
+    columns = [samples[:SHOWN]]
     for name, its in found.items():
         distances = {"samples": its.distance[: len(samples), 0], "heldout": its.distance[len(samples) :, 0]}
         facts[name] = {whose: float(found.median()) for whose, found in distances.items()}
         facts[name] |= {f"{whose}_{100 * LOW:.0f}": float(found.quantile(LOW)) for whose, found in distances.items()}
-        by = "pixels" if name == "pixels" else f"the cosine in {space.name}"
-        columns = [samples[:SHOWN], *(train[its.rows[:SHOWN, k]].tensor() for k in range(beside))]
-        rows[f"sample, then its nearest training images by {by}"] = stack_columns(columns)
-    return labelled_rows(rows, columns=2 * (1 + beside)), facts
+        columns += [train[its.rows[:SHOWN, k]].tensor() for k in range(beside)]
+    title = f"sample, its {beside} nearest by pixels, by {space.name}"
+    return labelled_rows({title: stack_columns(columns)}, columns=len(columns)), facts
 
 
 def _in_memory(train: Part, seed: int) -> Part:
