@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError
-from introvae.objectives import Objective
+from introvae.objectives import Objective, Warmup
 
 EVERY = 10
 """Steps between two looks: what a look costs is then lost in the step."""
@@ -20,11 +20,19 @@ BAND = (0.0, 0.5)
 above it the encoder sees more than the decoder can follow."""
 GAIN, MOST_CHANGE = 0.5, 0.04
 """Change of ln(exponent) at a look: gain times the distance from the band, at most 4 %."""
-START = 1.5
-"""The exponent alpha s beta_neg KL(real) at the start, about that of the published settings on 8 Gaussians."""
+RETURN = 0.005
+"""Share of ln(exponent / home) that a look inside the band takes back: half the way in about 1,400 steps."""
+START, HOME = 2.5, 1.5
+"""The exponent alpha s beta_neg KL(real) of the first adversarial step, and where it goes from there: about those of
+the published settings on 8 Gaussians, whose KL(real) falls when the players begin.
+"""
 LEAST, MOST = 1.0, 10.0
 """Bounds of the exponent. The encoder's push on a fake with the KL of real data, s beta_neg exp(-exponent), is largest
 at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
+RAMP = 0.1
+"""Share of the adversarial steps over which, where beta_neg is "auto", the other betas come from the warm-up's to their
+own. Without it, KL(real) and the game change at once, and one run of five lost a mode in the first 300 steps.
+"""
 MARGIN_OVER_KL = 1.2
 """IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
 LED = 0.99
@@ -33,7 +41,7 @@ LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 
 
-def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = START) -> float:
+def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = HOME) -> float:
     """The beta_neg with which a fake of this KL, that of real data, has this exponent alpha s beta_neg KL.
 
     Example:
@@ -107,9 +115,11 @@ class Averages:
 class Gap:
     """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
 
-    What the encoder's push depends on is the exponent alpha s beta_neg KL. It begins at `START` and beta_neg follows
-    KL(real) so that it stays there. When KL(fake) falls under KL(real), the adversary sleeps, and the exponent falls
-    towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most to `MOST`.
+    What the encoder's push depends on is the exponent alpha s beta_neg KL, with the KL of real data. It begins at
+    `START` and goes to `HOME`, and beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
+    and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
+    to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
+    no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
 
     Arguments:
         objective: `SoftIntroVAE` or `ASIntroVAE`.
@@ -120,6 +130,7 @@ class Gap:
     def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
         self._averages = Averages(("kl", "gap"), device)
         self._exponent = torch.tensor(START, device=device)
+        self._home = HOME
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
@@ -134,22 +145,27 @@ class Gap:
             return
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
-        outside = torch.where((kl_fake - kl_real).isfinite(), relative - relative.clamp(*BAND), 0.0)
-        self._exponent.mul_((GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE).exp()).clamp_(LEAST, MOST)
+        outside = relative - relative.clamp(*BAND)
+        back = RETURN * (self._home / self._exponent).log()
+        change = torch.where(outside == 0, back, (GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE))
+        change = torch.where((kl_fake - kl_real).isfinite(), change, 0.0)
+        self._exponent.mul_(change.exp()).clamp_(LEAST, MOST)
         self._follow(value)
 
     def multiply(self, factor: float) -> None:
         self._exponent.mul_(factor).clamp_(LEAST, MOST)
+        self._home = min(max(self._home * factor, LEAST), MOST)
 
     def _follow(self, value: Tensor) -> None:
         value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone()}
+        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone(), "home": self._home}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._exponent.copy_(state["exponent"])
+        self._home = state.get("home", HOME)
 
 
 class Margin:
@@ -183,6 +199,20 @@ class Margin:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._factor = state["factor"]
+
+
+def ramp_from(objective: Objective, warmup: Warmup) -> dict[str, float]:
+    """The values from which settings come to the objective's own over the first `RAMP` of the adversarial steps: the
+    warm-up's betas, where a rule has to follow what they do to KL(real).
+
+    Example:
+        >>> from introvae import SoftIntroVAE, Warmup
+        >>> ramp_from(SoftIntroVAE(beta_neg="auto"), Warmup(100, beta_rec=0.8, beta_kl=0.05))
+        {'beta_rec': 0.8, 'beta_kl': 0.05}
+    """
+    if not warmup.steps or "beta_neg" not in objective.automatic:
+        return {}
+    return {"beta_rec": warmup.beta_rec, "beta_kl": warmup.beta_kl}
 
 
 def rules_for(objective: Objective, scale: float, warmup_steps: int, device: torch.device | str) -> dict[str, Rule]:

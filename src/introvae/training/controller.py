@@ -10,7 +10,7 @@ from torch import Tensor
 
 from introvae.objectives import Objective
 from introvae.parallel import Alone
-from introvae.training.balance import EVERY, LED, rules_for
+from introvae.training.balance import EVERY, LED, RAMP, rules_for
 
 
 class Controller:
@@ -27,6 +27,8 @@ class Controller:
         pixels: number of values in a sample.
         peers: the processes whose samples the rules see.
         given: fixed values of a step, from its number, that take the place of the objective's.
+        ramp_from: values from which settings come to their own, in equal ratios from step to step, over the first
+            `RAMP` of the adversarial steps.
 
     Raises:
         ConfigError: a setting cannot be "auto" here.
@@ -41,8 +43,9 @@ class Controller:
         pixels: int,
         peers: Alone | None = None,
         given: Callable[[int], Mapping[str, float]] | None = None,
+        ramp_from: Mapping[str, float] | None = None,
     ) -> None:
-        self.given = given or (lambda step: {})
+        self.given, self._ramp_from = given or (lambda step: {}), dict(ramp_from or {})
         self.objective, self.warmup_steps, self.steps, self.peers = objective, warmup_steps, steps, peers or Alone()
         self.scale = objective.scale_of(torch.empty(1, pixels))
         self._rules = rules_for(objective, self.scale, warmup_steps, device)
@@ -60,9 +63,13 @@ class Controller:
 
     def update(self, step: int) -> dict[str, Tensor]:
         """The values of step `step`; only those that changed are written to the device."""
-        for name, value in {**self._started.values(self.progress(step)), **self.given(step)}.items():
+        progress = self.progress(step)
+        for name, value in {**self._started.values(progress), **self.given(step)}.items():
             if name in self._rules:
                 continue
+            if name in self._ramp_from and progress < RAMP:
+                share = progress / RAMP
+                value = self._ramp_from[name] ** (1 - share) * value**share
             value *= self._factors.get(name, 1.0)
             if value != self._last[name]:
                 self.values[name].fill_(value)

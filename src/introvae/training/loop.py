@@ -35,6 +35,7 @@ from introvae.parallel import Peers, processes
 from introvae.players import Players
 from introvae.precision import float32_multiplications, pick_precision
 from introvae.step import Noise, step_class
+from introvae.training.balance import ramp_from
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
 from introvae.training.config import FitConfig
 from introvae.training.controller import Controller
@@ -154,6 +155,7 @@ class Trainer:
             math.prod(self.data.shape),
             self.peers,
             self.schedule.values,
+            ramp_from(config.objective, config.warmup),
         )
         batches = self.data.batches(config.batch_size, config.seed)
         rows, sizes = self._batch(0)[1], self._batch if config.growing.on else None
