@@ -83,10 +83,7 @@ class CapturedStep:
         step = self.step
         if gradients:
             return step(x, noise, values, warming=warming, gradients=True, condition=condition)
-        if noise is None:
-            noise = Noise.draw(len(x), step.model.latent_dim, device=x.device, dtype=x.dtype)
-        if values is None:
-            values = {name: x.new_tensor(value) for name, value in step.objective.values().items()}
+        noise, values = step.filled(x, noise, values)
         draws = {name: getattr(noise, name) for name in NORMAL}
         inputs = {"x": x, **draws, **{f"values.{name}": value for name, value in values.items()}}
         if condition is not None:

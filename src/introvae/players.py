@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from introvae.augment import Augmentation
 from introvae.errors import CheckpointError, ConfigError, DataError, one_of, positive, whole
 from introvae.model import IntrospectiveVAE
-from introvae.objectives import Objective, Warmup
+from introvae.objectives import Objective, Values, Warmup
 from introvae.parallel import Alone
 
 ACCUMULATE_NOT = "its gradients are no mean over parts, take accumulation 1"
@@ -143,10 +143,16 @@ class Players:
         rows = [slice(start, start + size) for start in range(0, len(x), size)]
         return [(x[part], noise.rows(part), None if condition is None else condition[part]) for part in rows]
 
-    def _noise(self, x: Tensor) -> Noise:
-        """Draws for the batch x from torch's default generator."""
-        augment = self.augment is not None
-        return Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype, augment=augment)
+    def filled(self, x: Tensor, noise: Noise | None, values: Values | None) -> tuple[Noise, Values]:
+        """Noise and values of a step on the batch x: where they are not given, draws from torch's default generator and
+        the objective's own.
+        """
+        if noise is None:
+            augment = self.augment is not None
+            noise = Noise.draw(len(x), self.model.latent_dim, device=x.device, dtype=x.dtype, augment=augment)
+        if values is None:
+            values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
+        return noise, values
 
     def _shown(self, images: Tensor, noise: Noise, kind: int) -> Tensor:
         """Images as they are encoded and compared: real ones and reconstructions (kind 0), or samples (kind 1)."""

@@ -153,10 +153,7 @@ class IntrospectiveStep(Players):
                 without the draws for augmentation.
             RuntimeError: a loss reads a term that its objective does not declare.
         """
-        if noise is None:
-            noise = self._noise(x)
-        if values is None:
-            values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
+        noise, values = self.filled(x, noise, values)
         if warming or not self.objective.adversarial:
             return self._joint(self._parts(x, noise, condition), values, warming)
         return self._two_player(self._parts(x, noise, condition), values, gradients)

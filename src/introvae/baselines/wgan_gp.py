@@ -110,10 +110,7 @@ class WGANGPStep(Players):
         Raises:
             DataError: x has another shape than the model takes; noise without the draws for augmentation.
         """
-        if noise is None:
-            noise = self._noise(x)
-        if values is None:
-            values = {name: x.new_tensor(value) for name, value in self.objective.values().items()}
+        noise, values = self.filled(x, noise, values)
         parts = self._parts(x, noise, condition)
         record = mean_record([self._for_critic(part, values) for part in parts])
         self._update(self.encoder_optimizer, self.encoder_params)
