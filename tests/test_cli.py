@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -355,13 +356,26 @@ def test_warmup_steps_override_the_share_of_a_recipe(command: Command, tmp_path:
         assert (warmup["steps"], warmup["beta_kl"]) == (steps, 0.125)
 
 
-def test_another_network_does_without_the_recipe_s_network_options(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "network", "options"),
+    [
+        (["--network", "tiny-conv"], "tiny-conv", {}),
+        (["--network=conv", "--network_options.norm", "group"], "conv", {"norm": "group"}),
+        (["--network", "mlp"], "mlp", {"hidden": 32}),
+        (["--network", "mlp", "--network_options.waves", "8"], "mlp", {"hidden": 32, "waves": 8}),
+        (["--network_options.waves", "8"], "mlp", {"hidden": 32, "waves": 8}),
+        (["--network", "mlp", "--network_options", "{waves: 8}"], "mlp", {"waves": 8}),
+    ],
+)
+def test_another_network_does_without_the_recipe_s_network_options(
+    command: Command, tmp_path: Path, words: list[str], network: str, options: dict[str, Any]
+) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data: digits\nnetwork: mlp\nnetwork_options: {hidden: 32}\nsteps: 5\n")
-    said = command("fit", "--recipe", recipe, "--network", "tiny-conv", "--dry-run")
+    said = command("fit", "--recipe", recipe, *words, "--dry-run")
     assert said.code == 0, said.err
     resolved = yaml.safe_load(said.out.partition("\ndevice: ")[0])
-    assert (resolved["network"], resolved["network_options"]) == ("tiny-conv", {})
+    assert (resolved["network"], resolved["network_options"]) == (network, options)
 
 
 def test_vectors_train_with_no_setting_but_their_file(command: Command, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -286,8 +286,9 @@ def config_from_words(words: Sequence[str]) -> FitConfig:
 def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool = False) -> list[str]:
     """The words of a command, arranged so that a given setting replaces what it excludes in a recipe.
 
-    Steps and epochs exclude each other, so do the two lengths of the warm-up; another network does not take a recipe's
-    network options; and the objective comes before its settings, whole: another objective takes nothing of the file's.
+    Steps and epochs exclude each other, so do the two lengths of the warm-up; another network than the recipe's does
+    not take its network options; and the objective comes before its settings, whole: another objective takes nothing of
+    the file's.
     """
     words = list(words)
     given = {word.split("=")[0] for word in words}
@@ -302,28 +303,41 @@ def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool 
             first.append(f"{other}={none}")
     if "--growing.samples" in given and not resuming and not given & {"--steps", "--epochs"}:
         first += ["--steps=null", "--epochs=null"]  # it ends when the last level has seen its samples
-    if "--network" in given and not resuming and not any(name.startswith("--network_options") for name in given):
+    contents = [_content(file) for file in files]
+    network, _ = _asked(words, "--network")
+    known = [content["network"] for content in contents if "network" in content]
+    if network is not None and not resuming and known[-1:] != [network]:
         first.append("--network_options={}")
-    asked = None
+    asked, words = _asked(words, "--objective")
+    return [*first, *_whole_objective(asked, contents), *words]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """The settings of a file as they stand there; empty where the parser will say what is wrong."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _asked(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """What the words give an option, None where they don't, and the words without it."""
     for index, word in enumerate(words):
-        if word == "--objective" or word.startswith("--objective="):
-            asked = word.partition("=")[2] if "=" in word else "".join(words[index + 1 : index + 2])
-            del words[index : index + (1 if "=" in word else 2)]
-            break
-    return [*first, *_whole_objective(asked, files), *words]
+        if word == option:
+            return "".join(words[index + 1 : index + 2]), [*words[:index], *words[index + 2 :]]
+        if word.startswith(option + "="):
+            return word.partition("=")[2], [*words[:index], *words[index + 1 :]]
+    return None, list(words)
 
 
-def _whole_objective(asked: str | None, files: Sequence[Path]) -> list[str]:
+def _whole_objective(asked: str | None, contents: Sequence[Mapping[str, Any]]) -> list[str]:
     """The objective with all its settings, as one word: the parser alone would let it inherit those that another
     objective, even the default one, has under the same name.
     """
     name, settings = SoftIntroVAE.__name__, {}
-    for file in files:
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            content = None  # the parser will say what is wrong
-        block = content.get("objective") if isinstance(content, dict) else None
+    for content in contents:
+        block = content.get("objective")
         if isinstance(block, str):
             block = {"class_path": block}
         if isinstance(block, dict) and isinstance(block.get("class_path"), str):
