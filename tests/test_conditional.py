@@ -504,13 +504,39 @@ def test_labels_come_with_their_images(tmp_path: Path, stream: str, rows: slice)
             assert other.condition is None
 
 
-def test_an_unknown_label_in_a_stream_stops_the_run_with_its_reason(tmp_path: Path) -> None:
+def test_an_unknown_label_in_a_stream_is_met_before_the_run(tmp_path: Path) -> None:
+    """Also a single one, which the held-out part does not show."""
     folder = write_folder(tmp_path / "pets", 30)
-    for path in sorted((folder / "cat").iterdir())[:20]:
-        path.rename(folder / path.name)  # beside the folders of the classes
+    (folder / "cat/00.png").rename(folder / "00.png")  # beside the folders of the classes
     settings = {"conditional": True, "stream": "always", "network": "tiny-conv", "recipe": "none", **TINY}
-    with pytest.raises(DataError, match="no class"):
+    with pytest.raises(DataError, match=r"1 samples of .* have no class: label them"):
         fit(data=folder, out=str(tmp_path / "run"), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_strange_label_that_a_feed_meets_has_its_reason(tmp_path: Path) -> None:
+    data = load_data(write_folder(tmp_path / "pets"), DataOptions(stream="always"))
+    assert isinstance(data, ArrayData)
+    feed = Feed(data.batches(20, seed=0), Z, 1, torch.device("cpu"), slice(0, 20), classes=1)
+    with pytest.raises(DataError, match="class 1, and the model knows 0 to 0"):
+        feed.next()
+
+
+def test_classes_of_a_stream_are_as_frequent_as_in_its_training_part(tmp_path: Path) -> None:
+    """Thrice as many cats as dogs, and but two pictures held out."""
+    folder = write_folder(tmp_path / "pets", 30)
+    for path in sorted((folder / "dog").iterdir())[10:]:
+        path.unlink()
+    config = FitConfig(conditional=True)
+    kept, data = (load_data(folder, DataOptions(stream=s, heldout=0.05, cache=False)) for s in ("never", "always"))
+    assert isinstance(data, ArrayData)
+    assert data.heldout.labels is not None
+    cats = 30 - int((data.heldout.labels == 0).sum())
+    found, whole = classes_of(config, data), classes_of(config, kept)
+    assert found == Classes(("cat", "dog"), (cats, 38 - cats))
+    assert whole is not None
+    assert sum(whole.counts) == 38
+    assert classes_of(FitConfig(), data) is None
 
 
 def test_classes_of_the_data() -> None:

@@ -19,7 +19,17 @@ from commands import Command, Refused
 from introvae import IntrospectiveVAE, Run, evaluate, fit
 from introvae.data import ArrayData, DensityData, Part, load_data
 from introvae.errors import ConfigError, MissingExtraError
-from introvae.measures import METRICS, entries, examine, look_at_heldout, measure, measure_variants, metrics_in, sets
+from introvae.measures import (
+    METRICS,
+    class_metrics_in,
+    entries,
+    examine,
+    look_at_heldout,
+    measure,
+    measure_variants,
+    metrics_in,
+    sets,
+)
 from introvae.measures.sets import collect_sets, set_metrics
 from introvae.measures.variants import PlaneYardstick
 from introvae.metrics import kernel
@@ -152,7 +162,9 @@ def data_of(x: Tensor, heldout: Tensor, name: str = "mine", labels: Tensor | Non
 
 
 def test_metrics_in_a_space_are_those_of_its_features():
-    data = data_of(images(60, side=28), images(40, side=28, seed=1), "mnist")
+    x = images(40, side=28, seed=1)
+    judged = load_classifier("mnist").network(x.mul(255).round() / 255).argmax(dim=1)
+    data = data_of(images(60, side=28), x, "mnist", judged)
     model = drawn(images(30, side=28, seed=2) ** 2)
     found = set_metrics(kept := collect_sets(model, data, 0), data, 0)[0]
     assert set(metrics_in("mnist")) <= set(found)
@@ -205,20 +217,40 @@ def test_classes_are_told_only_where_they_are_those_of_the_data():
     x = images(40, side=28)
     judged = load_classifier("mnist").network(x.mul(255).round() / 255).argmax(dim=1)
     names = {"confident_share_mnist", "class_entropy_nats_mnist", "class_distance_mnist"}
-    for labels, told in ((judged, True), ((judged + 1) % 10, False), (None, True), (torch.full((40,), -1), True)):
-        found = examine(drawn(x), data_of(images(50, side=28, seed=1), x, labels=labels))
+    unknown, half = torch.full((40,), -1), torch.where(torch.arange(40) < 20, judged, -1)
+    for labels, told in ((judged, True), (half, True), ((judged + 1) % 10, False), (None, False), (unknown, False)):
+        found = examine(drawn(x), data_of(images(50, side=28, seed=1), x, "mnist", labels))
         assert (names <= set(found.metrics)) == told
+        assert bool(names & set(found.metrics)) == told
         assert ("mnist" in found.class_shares) == told
         assert "frechet_mnist" in found.metrics
-    shares = examine(drawn(x), data_of(images(50, side=28, seed=1), x)).class_shares["mnist"]
+        assert found.yardstick is not None
+        assert ("confident_share_mnist" in found.yardstick.saved) == told
+        assert all("no labels" not in entry["protocol"] for entry in found.metrics.values())
+    shares = examine(drawn(x), data_of(images(50, side=28, seed=1), x, labels=judged)).class_shares["mnist"]
     assert shares["classes"] == [str(i) for i in range(10)]
     assert shares["heldout"] == pytest.approx((torch.bincount(judged, minlength=10) / 40).tolist(), abs=1e-6)
     assert sum(shares["samples"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("labels", [None, torch.full((40,), -1)])
+def test_classes_of_images_without_labels_are_told_where_they_are_asked_for_with_a_remark(labels: Tensor | None):
+    data, model = data_of(images(50, side=28, seed=1), images(40, side=28), labels=labels), drawn(images(9, side=28))
+    found = examine(model, data, features=["mnist"])
+    for name in class_metrics_in("mnist"):
+        assert (
+            "the data have no labels: whether they are of its classes is not known;" in found.metrics[name]["protocol"]
+        )
+    assert "mnist" in found.class_shares
+    wrong = (load_classifier("mnist").network(data.heldout.tensor()).argmax(dim=1) + 1) % 10
+    found = examine(model, data_of(images(50, side=28, seed=1), images(40, side=28), labels=wrong), features=["mnist"])
+    assert not set(class_metrics_in("mnist")) & set(found.metrics), "of other classes it has nothing to say"
+
+
 def test_floors_are_of_as_many_real_images_as_samples():
     x = images(40, side=28)
-    data, model = data_of(images(300, side=28, seed=1), x), drawn(images(30, side=28, seed=2))
+    judged = load_classifier("mnist").network(x.mul(255).round() / 255).argmax(dim=1)
+    data, model = data_of(images(300, side=28, seed=1), x, labels=judged), drawn(images(30, side=28, seed=2))
     found, of = examine(model, data).metrics, collect_sets(model, data, 0)
     train, heldout, samples = (s.spaces["mnist"] for s in (of.train, of.heldout, of.samples))
     assert (len(train.features), len(heldout.features), len(samples.features)) == (300, 40, 40)

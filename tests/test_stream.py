@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,15 @@ from torch import Tensor
 
 from introvae import ConfigError, DataError, DataOptions, fit, load_data
 from introvae.data import cache as cache_module
+from introvae.data import opening as opening_module
 from introvae.data import pictures as pictures_module
+from introvae.data import row_groups as row_groups_module
 from introvae.data import stream as stream_module
 from introvae.data.arrays import ArrayData, Batches
 from introvae.data.order import Order
-from introvae.data.shards import NEVER, FolderShards, ParquetShards, hub_shards, mixed
+from introvae.data.row_groups import ParquetShards, hub_shards
+from introvae.data.rows import RowSource
+from introvae.data.shards import NEVER, FolderShards, mixed
 from introvae.data.stream import StreamBatches, StreamData, StreamedPart
 from introvae.training.feed import Feed
 
@@ -236,6 +241,82 @@ def test_whole_numbers_name_all_classes_also_one_that_is_not_held_out(tmp_path: 
     assert stream(tmp_path).class_names == ()
 
 
+def trained_on(data: StreamData) -> Counter[int]:
+    """How often each class comes in an epoch, by decoding it."""
+    labels = part(data)[slice(None)].labels
+    assert labels is not None
+    return Counter(labels.tolist())
+
+
+def test_classes_are_counted_in_the_training_part(source: Path) -> None:
+    """Three classes of about 333 pictures, of which few are held out."""
+    data = stream(source, heldout=0.02)
+    found = part(data).occurrences()
+    assert found == trained_on(data)
+    assert set(found or {}) == {0, 1, 2}
+    assert sum((found or {}).values()) == len(data.train) == 980
+    assert part(stream(source, label="none")).occurrences() is None or source.name == "folder"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_test_part_s_classes_do_not_count(kind: str, tmp_path: Path) -> None:
+    classes = {"train": [n % 9 // 4 for n in range(90)], "test": [1] * 30}
+    for split, labels in classes.items():
+        contents: list[bytes | None] = [picture(n) for n in range(len(labels))]
+        if kind == "parquet":
+            write_parquet(tmp_path / f"images/{split}.parquet", contents, rows=7, label=labels)
+            continue
+        for number, label in enumerate(labels):
+            path = tmp_path / f"images/{split}/{label}/{'inner/' * (number % 2)}{number}.pgm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(number))
+    assert part(stream(tmp_path / "images")).occurrences() == {0: 40, 1: 40, 2: 10}
+
+
+def test_classes_are_counted_without_opening_a_picture(tmp_path: Path) -> None:
+    folder = write_source("folder", tmp_path / "images", 300)
+    shards = FolderShards(folder, DataOptions())
+    for file in folder.rglob("*.pgm"):
+        file.unlink()
+    assert shards.occurrences(range(300), np.array([0, 1, 250])) == {0: 98, 1: 100, 2: 99}
+
+
+@pytest.mark.parametrize("labels", [["cat", None, "dog"], [4, None, 0]])
+def test_the_label_column_is_read_once_and_alone(
+    labels: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(300)], rows=30, label=labels * 100)
+    shards = part(stream(path)).pictures.shards
+    again = ParquetShards("again", {"train": [str(path)]}, lambda: shards.rows)  # pyright: ignore
+    asked: list[tuple[int, list[str]]] = []
+    read = pq.ParquetFile.read_row_group
+
+    def noted(self: Any, group: int, columns: list[str], **options: Any) -> Any:
+        asked.append((group, columns))
+        return read(self, group, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    names = {str: ("cat", "dog"), int: tuple("01234")}[type(labels[0])]
+    assert again.class_names == names
+    index = {label: (names.index(label) if isinstance(label, str) else label) for label in labels if label is not None}
+    for _ in range(2):
+        found = again.occurrences(range(30, 300), np.array([30, 40, 299]))
+        assert found == {-1: 90 - 1, **{i: 90 - (labels.index(label) in (0, 2)) for label, i in index.items()}}
+    assert asked == [(group, ["label"]) for group in range(10)]
+
+
+def test_labels_that_are_no_classes_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_groups_module, "MOST_CLASSES", 20)
+    contents: list[bytes | None] = [picture(n) for n in range(200)]
+    for labels in ([f"file {n}" for n in range(200)], [n * 10**6 for n in range(200)]):
+        data = stream(write_parquet(tmp_path / "a.parquet", contents, label=labels))
+        shards = part(data).pictures.shards
+        assert isinstance(shards, ParquetShards)
+        assert data.class_names == ()
+        assert len(shards._labels.values) <= 24
+    assert max(part(data).occurrences() or {}) == 20
+
+
 # --- several processes, resuming
 
 
@@ -262,6 +343,58 @@ def test_processes_share_a_stream_without_overlap_and_decode_their_own_alone(
             assert numbers(loader.stored(share)) == batch[share]
         part(own).pictures.pool.shutdown()
         assert 25 * size <= len(decoded) <= (25 + stream_module.AHEAD) * size
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_keep_their_rows_of_a_window_alone(tmp_path: Path, processes: int) -> None:
+    source, size = write_source("parquet", tmp_path / "images", 1000), BATCH // processes
+    kept: list[set[int]] = []
+    data = stream(source)
+    loader = batches(data)
+    for rank in range(processes):
+        loader = batches(data)
+        for _ in range(5):
+            loader.stored(slice(rank * size, (rank + 1) * size))
+        kept.append(set())
+        for place, window in loader._windows.items():
+            for row in loader.order.rows(*place).tolist():
+                with suppress(KeyError):
+                    assert window.result()(row).content == picture(row)
+                    kept[-1].add(row)
+    rows = [row for place in loader._windows for row in loader.order.rows(*place).tolist()]
+    assert sorted(row for some in kept for row in some) == sorted(rows)
+    assert max(len(some) for some in kept) <= len(rows) / processes + BATCH / processes
+
+
+def test_shares_are_found_where_sizes_change_and_where_a_stream_goes_on(tmp_path: Path) -> None:
+    """A process keeps the right rows, from the midst of an epoch too: none has to be read by itself."""
+    source = write_source("parquet", tmp_path / "images", 1000)
+    alone: list[int] = []
+
+    def given_out(process: int | None) -> Iterator[tuple[int, list[int]]]:
+        loader = batches(stream(source))
+        shards = loader.part.pictures.shards
+        fetch = shards.fetch
+
+        def noted(blocks: Any, rows: np.ndarray | None = None) -> Any:
+            if rows is not None and len(blocks) == len(rows) == 1:
+                alone.append(int(rows[0]))
+            return fetch(blocks, rows)
+
+        shards.fetch = noted
+        for size, count in ((48, 3), (20, 4), (64, 30), (36, 3)):
+            loader.batch_size = size
+            share = slice(None) if process is None else slice(process * size // 2, (process + 1) * size // 2)
+            for _ in range(count):
+                yield size, numbers(loader.stored(share))
+            state = loader.state_dict()
+            loader.stored(share)
+            loader.load_state_dict(state)
+
+    for (size, whole), first, second in zip(*map(given_out, (None, 0, 1)), strict=True):
+        assert len(whole) == size
+        assert first[1] + second[1] == whole
+    assert alone == []
 
 
 def test_a_stream_goes_on_from_any_point(source: Path) -> None:
@@ -375,7 +508,7 @@ def test_a_test_part_is_the_held_out_part(tmp_path: Path) -> None:
 
 
 def test_the_held_out_part_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "HELDOUT_BYTES", 10 * SIDE * SIDE)
+    monkeypatch.setattr(opening_module, "HELDOUT_BYTES", 10 * SIDE * SIDE)
     data = stream(source)
     assert (len(data.train), len(data.heldout)) == (990, 10)
 
@@ -590,9 +723,9 @@ def test_what_fits_the_cache_is_not_streamed(source: Path) -> None:
 
 def test_what_does_not_is(source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="introvae")
-    monkeypatch.setattr(stream_module, "affordable_bytes", lambda: 1000 * SIDE * SIDE)
+    monkeypatch.setattr(opening_module, "affordable_bytes", lambda _: 1000 * SIDE * SIDE)
     assert not isinstance(load_data(source, DataOptions(cache=False)), StreamData)
-    monkeypatch.setattr(stream_module, "affordable_bytes", lambda: 1000 * SIDE * SIDE - 1)
+    monkeypatch.setattr(opening_module, "affordable_bytes", lambda _: 1000 * SIDE * SIDE - 1)
     assert isinstance(load_data(source, DataOptions()), StreamData)
     assert "stream   1,000 images of 1 x 8 x 8: 0 MB if they were kept decoded" in caplog.text
     assert not isinstance(load_data(source, DataOptions(stream="never", cache=False)), StreamData)
@@ -652,10 +785,59 @@ def test_a_row_group_that_fills_the_memory_is_refused(tmp_path: Path, monkeypatc
         stream(path)
 
 
+def launch(monkeypatch: pytest.MonkeyPatch, **words: str) -> None:
+    """Let this process look as one of several that torchrun started."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", **words}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_processes_of_one_machine_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_module.local_processes() == 1
+    launch(monkeypatch, WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert cache_module.local_processes() == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert cache_module.local_processes() == 8
+    monkeypatch.delenv("MASTER_ADDR")  # a batch system's own
+    assert cache_module.local_processes() == 1
+
+
+def test_processes_share_the_machine_s_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(100)], rows=100)
+    size = int(pq.read_metadata(path).row_group(0).total_byte_size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(25 * size, 25 * size))
+    alone = part(stream(path))
+    launch(monkeypatch, WORLD_SIZE="2")
+    together = part(stream(path))
+    assert (alone.buffer, alone.fingerprint()) == (together.buffer, together.fingerprint())
+    launch(monkeypatch, WORLD_SIZE="3")
+    with pytest.raises(DataError, match="row group of 0 MB, which must be read at once"):
+        stream(path)
+
+
+def test_what_is_not_cached_is_in_memory_once_for_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(40 * 2**30, 40 * 2**30))
+    usage = cache_module.shutil.disk_usage("/")
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage._replace(free=8 * 2**30))
+    monkeypatch.setenv("INTROVAE_CACHE", str(tmp_path))
+    assert [cache_module.affordable_bytes(cached) for cached in (True, False)] == [2 * 2**30, 20 * 2**30]
+    launch(monkeypatch, WORLD_SIZE="4")
+    assert [cache_module.affordable_bytes(cached) for cached in (True, False)] == [2 * 2**30, 5 * 2**30]
+    shape, free = (100, 1, 8, 8), int(1.2 * 6400)
+    for rank, copies in (("0", 4), ("1", 3)):  # the first one has its own when the others come
+        launch(monkeypatch, LOCAL_RANK=rank)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda copies=copies: Memory(0, copies * free))
+        assert cache_module.Writer(None, shape).x.shape == shape
+        monkeypatch.setattr(psutil, "virtual_memory", lambda copies=copies: Memory(0, copies * free - copies))
+        with pytest.raises(DataError, match=f"memory are free for each of {copies} processes: take --stream always"):
+            cache_module.Writer(None, shape)
+
+
 def test_the_buffer_is_bounded_by_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", [picture(n) for n in range(1000)])
     assert part(stream(path, stream_buffer=500)).buffer == 500
-    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 10_000)
+    monkeypatch.setattr(opening_module, "WINDOW_BYTES", 10_000)
     assert 50 < part(stream(path, stream_buffer=500)).buffer < 200
 
 
@@ -708,6 +890,118 @@ def test_a_data_set_of_the_hub_gives_its_parquet_files(tmp_path: Path) -> None:
         hub_shards(str(tmp_path / "nowhere"), DataOptions())
 
 
+@pytest.fixture
+def hub(remote: Callable[[str, Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A data set of 200 pictures that goes by owner/name, whose files fsspec alone can open; which it was asked for."""
+    import datasets
+    import fsspec
+
+    paths = [tmp_path / f"hub/train-{shard}.parquet" for shard in range(2)]
+    for shard, path in enumerate(paths):
+        contents: list[bytes | None] = [picture(n) for n in range(100 * shard, 100 * shard + 100)]
+        write_parquet(path, contents, label=[n % 3 for n in range(100)])
+    addresses = [remote(path.name, path) for path in paths]
+    load, builder = datasets.load_dataset, datasets.load_dataset_builder
+    local: dict[str, Any] = {"data_files": [str(path) for path in paths]}
+
+    def stand_in(name: str, configuration: str | None) -> Any:
+        assert (name, configuration) == ("owner/name", None)
+        found = builder("parquet", **local)
+        found.config.data_files = {"train": addresses}  # pyright: ignore
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", stand_in)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, _, streaming: load("parquet", streaming=True, **local))
+    monkeypatch.setattr(RowSource, "digest", lambda _: "owner/name@commit")
+    monkeypatch.setenv("INTROVAE_CACHE", str(tmp_path / "cache"))
+    opened: list[str] = []
+    system = type(fsspec.filesystem("memory"))
+    plain = system._open
+    monkeypatch.setattr(system, "_open", lambda self, path, *a, **k: opened.append(path) or plain(self, path, *a, **k))
+    return opened
+
+
+def test_a_hub_s_small_data_set_is_kept_decoded(hub: list[str]) -> None:
+    data = load_data("owner/name")
+    assert isinstance(data, ArrayData)
+    assert not isinstance(data, StreamData)
+    assert len(data.train) + len(data.heldout) == 200
+    assert not list(cache_module.cache_folder().rglob("*.parquet"))
+
+
+def test_a_hub_s_large_data_set_streams_from_copies(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="introvae")
+    expected = epoch(batches(stream("owner/name")), stream("owner/name"))
+    far = part(stream("owner/name")).fingerprint()
+    assert hub
+    assert not list(cache_module.cache_folder().rglob("*.parquet"))  # --stream always keeps nothing
+    monkeypatch.setattr(opening_module, "affordable_bytes", lambda _: 100)
+    data = stream("owner/name", stream="auto")
+    copies = list(cache_module.cache_folder().rglob("*"))
+    assert sorted(path.name for path in copies if path.is_file()) == ["train-0.parquet", "train-1.parquet"]
+    assert "MB of files, copied to" in caplog.text
+    hub.clear()
+    for setting in ("auto", "always"):  # as a run that is resumed has it
+        again = stream("owner/name", stream=setting)
+        assert part(again).fingerprint() == part(data).fingerprint() == far
+        assert epoch(batches(again), again) == expected
+    assert hub == []
+    assert cache_module.clear_cache() > 0
+    assert not [path for path in cache_module.cache_folder().rglob("*") if path.is_file()]
+
+
+def test_files_that_would_fill_the_disk_are_read_on_the_hub(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO, logger="introvae")
+    usage = cache_module.shutil.disk_usage("/")
+    monkeypatch.setattr(opening_module, "affordable_bytes", lambda _: 100)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    data = stream("owner/name", stream="auto")
+    assert "too much for a copy" in caplog.text
+    hub.clear()
+    assert len(set(epoch(batches(data, size=20), data))) == 180
+    assert hub
+    assert not list(cache_module.cache_folder().rglob("*.parquet"))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INTROVAE_CACHE", str(tmp_path / "file"))
+    assert len(stream("owner/name", stream="auto").train) == 180
+    assert "cannot be written" in caplog.text
+
+
+def test_a_copy_is_whole_or_not_at_all(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def cut(self: Any, path: str, to: str) -> None:
+        Path(to).write_bytes(b"PAR1")
+        raise ConnectionError("the line was cut")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", cut)
+    monkeypatch.setattr(opening_module, "affordable_bytes", lambda _: 100)
+    with pytest.raises(DataError, match=r"cannot be fetched .the line was cut.: try again"):
+        load_data("owner/name")
+    assert not [path for path in cache_module.cache_folder().rglob("*") if path.is_file()]
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[str] = []
+
+    def nowhere(name: str, *words: object, **options: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", nowhere)
+    monkeypatch.setattr(datasets, "load_dataset", nowhere)
+    with pytest.raises(DataError, match=r"no folder or file owner/name here, and as a name on the hub: .*no network"):
+        load_data("owner/name")
+    assert asked == ["owner/name"]
+
+
 # --- the sources
 
 
@@ -724,6 +1018,38 @@ def test_paths_take_little_memory(tmp_path: Path) -> None:
     ]
     (folder / "class0/000000.pgm").rename(folder / "class0/0.pgm")
     assert FolderShards(folder, DataOptions()).checksum() != shards.checksum()
+
+
+def test_files_that_changed_are_noticed(tmp_path: Path) -> None:
+    folder = write_source("folder", tmp_path / "images", 300)
+    state = batches(stream(folder)).state_dict()
+    batches(stream(folder)).load_state_dict(state)
+    changed = folder / "class1/000150.pgm"
+    content = changed.read_bytes()
+    changed.write_bytes(content.replace(b" 255", b"  255"))  # the same picture in another file
+    with pytest.raises(DataError, match="not the ones"):
+        batches(stream(folder)).load_state_dict(state)
+    changed.write_bytes(content)
+    batches(stream(folder)).load_state_dict(state)
+    changed.unlink()
+    changed.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not the ones"):
+        batches(stream(folder)).load_state_dict(state)
+
+
+def test_a_thousand_files_are_asked_for_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1300):
+        (tmp_path / f"{number:04d}.pgm").touch()
+    shards, asked = FolderShards(tmp_path, DataOptions()), list[int]()
+    size = shards._size
+    monkeypatch.setattr(shards, "_size", lambda row: asked.append(row) or size(row))
+    before = shards.checksum()
+    assert (len(set(asked)), asked[0], asked[-1]) == (1000, 0, 1299)
+    assert max(np.diff(asked)) == 2
+    (tmp_path / f"{asked[500]:04d}.pgm").write_text("more")
+    assert shards.checksum() != before
+    (tmp_path / "empty").mkdir()
+    assert FolderShards(tmp_path / "empty", DataOptions()).checksum() == 0
 
 
 def test_only_rows_of_chosen_groups_have_keys(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _fit(words: list[str]) -> None:
     if not speaks():  # of processes that trained together, the first measures and tells
         return None
     print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
-    return _report(run) if own.evaluate else None
+    return _report(run, device=run.config().device) if own.evaluate else None
 
 
 def _show(trainer: Trainer) -> None:
@@ -162,7 +162,8 @@ def _evaluate(words: list[str]) -> None:
 
     example = (
         "example:\n  introvae evaluate runs/digits --metrics psnr_db,ssim\n"
-        "  introvae evaluate runs/faces --features inception,mine.pt2"
+        "  introvae evaluate runs/faces --features inception,mine.pt2\n"
+        "  introvae evaluate runs/faces --features inception --samples 50000 --reference 1000000 --device cuda"
     )
     parser = _parser("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
     parser.add_argument("run", help="the run folder")
@@ -175,6 +176,9 @@ def _evaluate(words: list[str]) -> None:
         "inception, or files of exported networks",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--samples", type=int, help="for Fréchet distances (default: 5000, or the held-out images)")
+    parser.add_argument("--reference", type=int, help="training images they are compared with (default: 10000)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     own = parser.parse_args(words)
     _report(
         Run.open(own.run),
@@ -182,6 +186,9 @@ def _evaluate(words: list[str]) -> None:
         metrics=[m.strip() for m in own.metrics.split(",") if m.strip()],
         features=[f.strip() for f in own.features.split(",") if f.strip()],
         seed=own.seed,
+        samples=own.samples,
+        reference=own.reference,
+        device=own.device,
     )
 
 
@@ -363,7 +370,9 @@ def _doctor(words: list[str]) -> None:
         "What this machine has, and what will be used.",
         "example:\n  introvae doctor\n  introvae doctor --clear-cache",
     )
-    parser.add_argument("--clear_cache", "--clear-cache", action="store_true", help="drop the decoded images")
+    parser.add_argument(
+        "--clear_cache", "--clear-cache", action="store_true", help="drop decoded images and copied files"
+    )
     own = parser.parse_args(words)
     from introvae.data import cache
 

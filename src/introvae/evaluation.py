@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,22 @@ import torch
 from torch import nn
 
 from introvae.data import DATA_OPTIONS, ArrayData, Data, DataOptions, TablePreparation, load_data, preparation_from
+from introvae.data.arrays import Part, fingerprint
+from introvae.data.stream import StreamedPart
 from introvae.errors import CheckpointError, ConfigError, DataError, RunError, checked_seed, unknown
 from introvae.files import write_atomically
 from introvae.machine import hardware, versions
-from introvae.measures import METRICS, Heldout, examine, look_at_heldout, measure_variants, metrics_in
+from introvae.measures import (
+    METRICS,
+    Heldout,
+    check_numbers,
+    class_metrics_in,
+    examine,
+    look_at_heldout,
+    measure_variants,
+    metrics_in,
+)
+from introvae.metrics.classifier import CLASSIFIERS
 from introvae.metrics.features import FeatureSpace, feature_space
 from introvae.metrics.perceptual import lpips_distance
 from introvae.model import IntrospectiveVAE, check_state
@@ -27,11 +41,23 @@ from introvae.report.neighbours import neighbours
 from introvae.report.page import render
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig
+from introvae.training.devices import pick_device
 from introvae.training.preview import preview
 from introvae.training.run import Run
 
 WORST = 10
 """How many of the worst reconstructions the report names."""
+IDENTITY = {
+    "model": "model",
+    "train": "training data",
+    "heldout": "held-out data",
+    "seed": "seed",
+    "samples": "number of samples",
+    "reference": "number of training images",
+}
+"""What must agree for the numbers of two evaluations to stand in one report."""
+
+log = logging.getLogger("introvae")
 
 
 def evaluate(
@@ -41,6 +67,9 @@ def evaluate(
     metrics: str | Sequence[str] = (),
     features: str | Sequence[str | Path | nn.Module | FeatureSpace] = (),
     seed: int = 0,
+    samples: int | None = None,
+    reference: int | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Measure a finished run's model; write `report.json`, `report.html` and pictures into its folder.
 
@@ -51,16 +80,23 @@ def evaluate(
         data: other data than the run was trained on, by name or path; they are prepared as those were, and all of
             them are measured, or their own test part.
         metrics: names of the ones to report; all that apply by default, but `lpips`. The others of an earlier report
-            stay in it.
+            stay in it where they are of the same model, data, seed and numbers of images, and are dropped where not.
         features: spaces to compare samples in besides the usual ones: names (`pixels`, `mnist`, `cifar10`,
             `inception`, ...), files of exported networks, modules; see `metrics.features.feature_space`.
-        seed: of all draws.
+        seed: of all draws, which are made on the CPU: they are the same on every device.
+        samples: how many are compared with training images, by Fréchet distances and shares of classes; more take no
+            more memory. By default 5,000 (2,000 in `thumb` and `randconv`), but no more than there are held-out images.
+            Published FIDs take 50,000.
+        reference: with how many training images, at most all; 10,000 by default.
+        device: what the model and the features run on: "auto", "cpu", "cuda", "cuda:1", "mps". Sums in float64 are
+            kept on the CPU.
 
     Returns:
         What stands in report.json: `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol",
         "floor"}}, "variants": {"training mode" or "raw weights": {name: {"value", "saved", "gap", "n", "protocol"}}
-        or why there are none},
-        "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left out.
+        or why there are none}, "evaluation": {"model", "train", "heldout": checksums, "seed", "samples", "reference",
+        "device"}, "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left
+        out.
         "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
         distance training ones), or a perfect sampler; "gap" is how far a variant is from the saved model (in evaluation
         mode), as a share of that one's value.
@@ -68,7 +104,8 @@ def evaluate(
     Raises:
         RunError: no finished run there.
         DataError: data of another shape.
-        ConfigError: an unknown metric or feature space, or one that does not apply to the data.
+        ConfigError: an unknown metric or feature space, or one that does not apply to the data; no such device; a
+            number that will not do.
         MissingExtraError: a metric or feature space of an extra that is not installed.
 
     Example:
@@ -81,22 +118,25 @@ def evaluate(
     spaces = _spaces(metrics, asked)
     checked_seed(seed)
     lpips = lpips_distance() if "lpips" in metrics else None
-    config, model = run.config(), run.model()
+    config, model = run.config(), run.model().to(pick_device(device))
     loaded, encodes = _load(config, model, data), config.objective.encodes
+    check_numbers(loaded, samples=samples, reference=reference)
     heldout = None
     if isinstance(loaded, ArrayData) and encodes != "nothing":
         heldout = look_at_heldout(model, loaded, lpips=lpips)
-    found = examine(model, loaded, seed, heldout, spaces, encodes)
+    found = examine(model, loaded, seed, heldout, spaces, encodes, samples, reference)
     for name in metrics:
         if name not in found.metrics:
-            raise ConfigError(f"{name} does not apply to {loaded.name}: choose from {', '.join(found.metrics)}")
+            raise _does_not_apply(name, loaded, found.metrics)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data"
     suffix = "" if _same(loaded.name, config.data) else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
-    before = json.loads(path.read_text(encoding="utf-8")) if metrics and path.is_file() else {}
+    its = {**_identity(run, loaded), "seed": seed, "samples": samples, "reference": reference}
+    before = _earlier(path, metrics, its) if metrics else {}
     rows = run.log()
     report: dict[str, Any] = {
         **_facts(run, config, loaded, rows),
+        "evaluation": {**its, "device": str(model.device)},
         "page": path.with_suffix(".html").name,
         "metrics": {**before.get("metrics", {}), **{name: found.metrics[name] for name in metrics or found.metrics}},
     }
@@ -105,18 +145,23 @@ def evaluate(
         report["variants"] = _joined(before.get("variants", {}), variants, metrics)
     if found.class_shares:
         report["class_shares"] = found.class_shares
-    overview, log = f"images/evaluation{suffix}.png", rows if not suffix else []
+    overview, lines = f"images/evaluation{suffix}.png", rows if not suffix else []
     try:
-        report |= _draw(run, model, loaded, heldout, overview, log, encodes)
-        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-        settings = run.config_path.read_text(encoding="utf-8")
-        environment = [*versions(), *hardware(), ("date", date.today().isoformat())]
-        nothing = {"worst": [], "intake": None, "guard": [], "variants": {}, "class_shares": {}}
-        page = render({**nothing, **report}, run.folder, settings, environment)
-        write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
+        report |= _draw(run, model, loaded, heldout, overview, lines, encodes)
+        _write(run, path, report)
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
     return report
+
+
+def _write(run: Run, path: Path, report: dict[str, Any]) -> None:
+    """The report and its page."""
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    settings = run.config_path.read_text(encoding="utf-8")
+    environment = [*versions(), *hardware(), *_how(report["evaluation"]), ("date", date.today().isoformat())]
+    nothing = {"worst": [], "intake": None, "guard": [], "variants": {}, "class_shares": {}}
+    page = render({**nothing, **report}, run.folder, settings, environment)
+    write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
 
 
 def _spaces(metrics: Sequence[str], asked: Sequence[str | Path | nn.Module | FeatureSpace]) -> list[FeatureSpace]:
@@ -127,6 +172,59 @@ def _spaces(metrics: Sequence[str], asked: Sequence[str | Path | nn.Module | Fea
         if name not in known:
             raise unknown("metric", name, known)
     return spaces
+
+
+def _does_not_apply(name: str, data: Data, applying: Collection[str]) -> ConfigError:
+    """The error for a metric that these data have not, with the remedy for one of a classifier's that is silent."""
+    text, choose = f"{name} does not apply to {data.name}", f"choose from {', '.join(applying)}"
+    for space in CLASSIFIERS:
+        if name in class_metrics_in(space) and f"frechet_{space}" in applying and isinstance(data, ArrayData):
+            labels = data.heldout.labels
+            if labels is not None and bool((labels >= 0).any()):
+                return ConfigError(f"{text}, whose labels are not the {space} classes: {choose}")
+            return ConfigError(
+                f"{text}, whose classes are not known: label the images or, if they are of the {space} classes, give "
+                f"--features {space}"
+            )
+    return ConfigError(f"{text}: {choose}")
+
+
+def _identity(run: Run, data: Data) -> dict[str, Any]:
+    """Checksums of what is measured: the model's weights and both parts of the data."""
+    with open(run.model_folder / "model.safetensors", "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    if not isinstance(data, ArrayData):
+        return {"model": weights, "train": None, "heldout": None}
+    return {"model": weights, "train": _checksum(data.train), "heldout": _checksum(data.heldout)}
+
+
+def _checksum(part: Part) -> list[int]:
+    return part.fingerprint() if isinstance(part, StreamedPart) else fingerprint(part.x)
+
+
+def _earlier(path: Path, names: Sequence[str], its: dict[str, Any]) -> dict[str, Any]:
+    """An earlier report whose other numbers may stand beside new ones of those names: nothing, where they are of
+    another model, data or protocol.
+    """
+    if not path.is_file():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    known = before.get("evaluation", {})
+    differs = [IDENTITY[name] for name, fact in its.items() if name not in known or known[name] != fact]
+    if not differs:
+        return before
+    if dropped := before["metrics"].keys() - set(names):
+        what = f"of another {' and '.join(differs)}" if known else "of a model that it does not name"
+        log.warning("%s: its %d other numbers are %s and go; without --metrics all are made", path, len(dropped), what)
+    return {}
+
+
+def _how(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page tells of the evaluation itself."""
+    facts = [("measured on", evaluation["device"]), ("seed of the draws", str(evaluation["seed"]))]
+    numbers = [(f"{name} asked for", evaluation[name]) for name in ("samples", "reference")]
+    facts += [(name, f"{number:,}") for name, number in numbers if number is not None]
+    return [*facts, ("model.safetensors", f"SHA-256 {evaluation['model']}")]
 
 
 def _facts(run: Run, config: FitConfig, data: Data, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -97,6 +97,14 @@ def launched() -> bool:
     return several and all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"))  # not a batch system's
 
 
+def local_processes() -> int:
+    """How many processes of this run share this machine's memory: as many as the launcher started here."""
+    if not launched():
+        return 1
+    told = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]).strip()  # of which the first is the launcher's
+    return max(1, int(told)) if told.isdecimal() else 1
+
+
 def speaks() -> bool:
     """Whether this process is the one that speaks: the only one or the first of those launched together."""
     return not launched() or os.environ.get("RANK", "0") == "0"

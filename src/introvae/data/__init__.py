@@ -155,10 +155,11 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
 
         return load_array_file(path, options, preparation)
     from introvae.data.images import load_images
+    from introvae.data.opening import load_stream
+    from introvae.data.row_groups import hub_shards, parquet_shards
     from introvae.data.rows import ParquetSource, RowSource
-    from introvae.data.shards import FolderShards, hub_shards, parquet_shards
+    from introvae.data.shards import FolderShards
     from introvae.data.sources import FolderSource, holds_parquet
-    from introvae.data.stream import load_stream
 
     if (path.suffix.lower() == ".parquet" and path.is_file()) or (path.is_dir() and holds_parquet(path)):
         source = ParquetSource(path, options)
@@ -169,11 +170,8 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
         return stream or load_images(FolderSource(path, options), options, preparation)
     if HUB_NAME.fullmatch(name):
         try:
-            if options.stream == "always" and (
-                stream := load_stream(lambda: hub_shards(name, options), options, preparation)
-            ):
-                return stream
-            return load_images(RowSource(name, name, options), options, preparation)
+            stream = load_stream(lambda: hub_shards(name, options), options, preparation)
+            return stream or load_images(RowSource(name, name, options), options, preparation)
         except DataError as error:
             raise DataError(f"there is no folder or file {name} here, and as a name on the hub: {error}") from error
     choices = ", ".join(f"density:{density}" for density in list_densities())

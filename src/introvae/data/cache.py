@@ -1,10 +1,11 @@
-"""Decoded images on disk: keyed by content and options, mapped into memory when used again."""
+"""Decoded images on disk: keyed by content and options, mapped into memory when used again; and what may be taken."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ import psutil
 
 from introvae.errors import DataError
 from introvae.files import write_atomically
+from introvae.machine import local_processes
 
 FORMAT = 2
 """Of the entries and of everything that decides pixels: raise it when `preparation` changes what it makes."""
@@ -51,23 +53,34 @@ def cache_bytes() -> int:
 def clear_cache() -> int:
     """Drop everything in the cache; returns the bytes that it took."""
     before = cache_bytes()
-    for name in ("entries", "sources"):
+    for name in ("entries", "sources", "downloads"):
         shutil.rmtree(cache_folder() / name, ignore_errors=True)
     return before - cache_bytes()
 
 
-def affordable_bytes() -> int:
+def affordable_bytes(cached: bool = True) -> int:
     """What decoded images may take before they are rather streamed.
 
     What the cache takes counts as free: else a set that a first start kept might stream at the second one.
+
+    Arguments:
+        cached: they are kept on disk, where all processes find them; else each has its own in memory.
     """
-    shares = [MEMORY_SHARE * psutil.virtual_memory().total]
+    memory = MEMORY_SHARE * psutil.virtual_memory().total
+    if not cached:
+        return max(SMALL, int(memory)) // local_processes()
+    return max(SMALL, int(min(memory, disk_bytes())))
+
+
+def disk_bytes() -> float:
+    """What of the disk may be taken unasked, with what the cache takes already; any number where nothing says."""
     folder = cache_folder()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    with contextlib.suppress(OSError):
-        shares.append(DISK_SHARE * (shutil.disk_usage(folder).free + cache_bytes()))
-    return max(SMALL, int(min(shares)))
+    try:
+        return DISK_SHARE * (shutil.disk_usage(folder).free + cache_bytes())
+    except OSError:
+        return math.inf
 
 
 def cost_of(shape: tuple[int, ...]) -> str:
@@ -155,11 +168,14 @@ class Writer:
         if key is not None:
             self.folder = self._make_room(size, shape)
         if self.folder is None:
-            free = psutil.virtual_memory().available
+            # The others come when the first one is done.
+            copies = max(1, local_processes() - (os.environ.get("LOCAL_RANK", "0") != "0"))
+            free = psutil.virtual_memory().available / copies
             if free < ROOM * size:
+                each = f" for each of {copies} processes" if copies > 1 else ""
                 raise DataError(
-                    f"there is no room for {cost_of(shape)} decoded, and {free / 1e6:,.0f} MB of memory are free: "
-                    "take --stream always, a smaller --size, or free the disk of the cache"
+                    f"there is no room for {cost_of(shape)} decoded, and {free / 1e6:,.0f} MB of memory are free"
+                    f"{each}: take --stream always, a smaller --size, or free the disk of the cache"
                 )
             self.x = np.empty(shape, np.uint8)
         else:

@@ -41,7 +41,9 @@ class DataOptions:
         cache: keep decoded images on disk, so that the next start is quick.
         stream: always (decode images anew whenever they are needed, for sets of any size), never (decode them all at
             the start) or auto (stream where decoded they would take more than a quarter of the disk's free space or
-            half of the memory, and more than 1 GiB).
+            half of the memory, and more than 1 GiB; without the cache, more than a process' share of half of the
+            memory or of 1 GiB). Parquet files on the hub are copied into the cache when auto streams them, if they
+            take no more than a quarter of the disk's free space; always reads them there, or the copies.
         stream_buffer: images among which a stream of Parquet files is shuffled; row groups come in random order.
 
     Raises:

@@ -58,8 +58,8 @@ class Pictures:
             return None
         try:
             item = find(row)
-        except KeyError:  # not of the blocks that are in memory
-            item = self.shards.fetch([int(self._block_of(row))])(row)
+        except KeyError:  # not of the blocks, or rows of them, that are in memory
+            item = self.shards.fetch([int(self._block_of(row))], np.array([row]))(row)
         ((name, image),) = _read(item, self.options, self.prepare)
         if isinstance(image, str):
             self._skip(row, name, image)

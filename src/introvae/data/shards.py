@@ -6,36 +6,29 @@ import os
 import re
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from introvae.data.options import DataOptions
-from introvae.data.rows import ParquetSource, RowSource, used_splits
 from introvae.data.scans import is_scan
 from introvae.data.sources import (
     HELDOUT_SPLITS,
-    SPLIT_WORDS,
     SUBJECT,
     Item,
     are_parts,
     image_suffixes,
     part_and_class,
 )
-from introvae.errors import ConfigError, DataError, first_line
+from introvae.errors import ConfigError, DataError
 
-HELD_BLOCKS = 64
-"""Row groups that held-out rows are taken from, at least: a few must do, or all would have to be read for them."""
-MOST_NUMBERS = 100_000
-"""Integers as labels that go higher get no names."""
 NEVER = np.uint64(2**64 - 1)
 """The key of a row that is not held out."""
 ORDER = ("train", *HELDOUT_SPLITS)
+SIZED = 1000
+"""Files whose sizes are in a checksum: asking for that of every file takes twice as long as listing them all."""
 
 
 class Shards(Protocol):
@@ -62,18 +55,29 @@ class Shards(Protocol):
         """Whether the items have labels."""
         ...
 
+    def occurrences(self, rows: range, left_out: np.ndarray) -> dict[int, int]:
+        """How often each class index occurs among some rows without those left out (sorted); -1: unknown.
+
+        No picture is opened for it, so those that cannot be read count too.
+        """
+        ...
+
     def keys(self, rows: range, seed: int, n: int) -> np.ndarray:
         """A number for each row, uint64, that depends on its name (or its group's) and the seed alone: those with the
         n smallest are held out.
         """
         ...
 
-    def fetch(self, blocks: Sequence[int]) -> Callable[[int], Item]:
-        """A function that gives the items of these blocks' rows."""
+    def fetch(self, blocks: Sequence[int], rows: np.ndarray | None = None) -> Callable[[int], Item]:
+        """A function that gives the items of these blocks' rows; a KeyError for others.
+
+        Arguments:
+            rows: the only ones that it will be asked for, sorted.
+        """
         ...
 
     def checksum(self) -> int:
-        """Of all names and sizes."""
+        """Of all names and of sizes, without opening a picture."""
         ...
 
     def remarks(self) -> list[str]:
@@ -173,7 +177,16 @@ class FolderShards:
         index = int(np.searchsorted(self.firsts, row, side="right")) - 1
         return self.folders[index].name(row - int(self.firsts[index]))
 
-    def fetch(self, blocks: Sequence[int]) -> Callable[[int], Item]:
+    def occurrences(self, rows: range, left_out: np.ndarray) -> dict[int, int]:
+        ends = np.clip(self.firsts, rows.start, rows.stop)
+        index, found = {name: i for i, name in enumerate(self.class_names)}, dict[int, int]()
+        for name, count in zip(self._classes, np.diff(ends - np.searchsorted(left_out, ends)).tolist(), strict=True):
+            if count:
+                label = -1 if name is None else index.get(name, -1)
+                found[label] = found.get(label, 0) + count
+        return found
+
+    def fetch(self, blocks: Sequence[int], rows: np.ndarray | None = None) -> Callable[[int], Item]:
         return self._item
 
     def _item(self, row: int) -> Item:
@@ -198,10 +211,20 @@ class FolderShards:
         return mixed(np.frombuffer(found, np.uint64), seed)
 
     def checksum(self) -> int:
+        """Of all names, and of the sizes of at most 1,000 files that are spread evenly over all."""
         found = 0
         for folder in self.folders:
             found = zlib.crc32(folder.names, zlib.crc32(folder.path, found))
-        return found
+        count = int(self.firsts[-1])
+        rows = np.linspace(0, count - 1, min(count, SIZED)).round().astype(np.int64)
+        return zlib.crc32(np.array([self._size(row) for row in rows.tolist()], "<i8").tobytes(), found)
+
+    def _size(self, row: int) -> int:
+        """Of a file in bytes; -1 where it cannot be asked for it, as a link that leads nowhere."""
+        try:
+            return os.stat(os.path.join(self.root, self._name(row))).st_size
+        except OSError:
+            return -1
 
     def remarks(self) -> list[str]:
         said = []
@@ -219,183 +242,6 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ConfigError(f"group {text!r} is no regular expression ({error}): give one, such as '^(\\d+)_'") from error
-
-
-class ParquetShards:
-    """Rows of Parquet files, here or at addresses that fsspec opens; a block is a row group.
-
-    Arguments:
-        name: what `--data` was.
-        files: of each split.
-        rows: opens the data set, for its columns.
-
-    Raises:
-        DataError: files that cannot be read.
-    """
-
-    def __init__(self, name: str, files: Mapping[str, Sequence[str]], rows: Callable[[], RowSource]) -> None:
-        self.name, self._open_rows = name, rows
-        part_of = {split: SPLIT_WORDS.get(split, "train") for split in files}
-        self.files: list[str] = []
-        self.split_starts: dict[str, int] = {}
-        file_of, group_of, counts, sizes = array("l"), array("l"), array("q"), array("q")
-        ends: dict[str, int] = {}
-        for split in sorted(files, key=lambda split: ORDER.index(part_of[split])):
-            self.split_starts[split] = sum(counts)
-            for file in files[split]:
-                with _opened(file) as parquet:
-                    for group in range(parquet.metadata.num_row_groups):
-                        found = parquet.metadata.row_group(group)
-                        file_of.append(len(self.files))
-                        group_of.append(group)
-                        counts.append(found.num_rows)
-                        sizes.append(found.total_byte_size)
-                self.files.append(file)
-            ends[part_of[split]] = sum(counts)
-        self.file_of, self.group_of = np.array(file_of), np.array(group_of)
-        self.block_bytes: np.ndarray | None = np.array(sizes)
-        self.starts = np.cumsum([0, *counts])
-        begins = [0, *ends.values()]
-        self.parts = {part: range(begin, end) for begin, (part, end) in zip(begins, ends.items(), strict=False)}
-
-    @cached_property
-    def rows(self) -> RowSource:
-        """The data set's columns, read when needed: the number of rows needs none."""
-        return self._open_rows()
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Of the label column's type, or the words in it, or the numbers from 0 up to its highest."""
-        return self.rows.class_names or self._words
-
-    @cached_property
-    def _words(self) -> tuple[str, ...]:
-        label = self.rows.label
-        if label is None:
-            return ()
-        words, highest = set[str](), -1
-        for file in self.files:
-            with _opened(file) as parquet:
-                for part in parquet.iter_batches(columns=[label], batch_size=65_536, use_threads=False):
-                    values = part.column(0).unique().to_pylist()
-                    words |= {value for value in values if isinstance(value, str)}
-                    highest = max(highest, *(value for value in values if isinstance(value, int)), -1)
-        numbers = range(highest + 1 if highest < MOST_NUMBERS else 0)  # higher ones are of something else than classes
-        return tuple(sorted(words)) or tuple(map(str, numbers))
-
-    @property
-    def labelled(self) -> bool:
-        return self.rows.label is not None
-
-    def fetch(self, blocks: Sequence[int]) -> Callable[[int], Item]:
-        kept: dict[int, list[Any] | DataError] = {}
-        wanted = [column for column in self.rows.columns if column is not None]
-        for file in dict.fromkeys(int(self.file_of[block]) for block in blocks):
-            own = [int(block) for block in blocks if self.file_of[block] == file]
-            try:
-                with _opened(self.files[file]) as parquet:
-                    for block in own:
-                        table = parquet.read_row_group(int(self.group_of[block]), columns=wanted, use_threads=False)
-                        kept[block] = [c and table.column(c).combine_chunks() for c in self.rows.columns]
-            except Exception as error:  # pyarrow and each file system raise their own; what is left must still come
-                for block in own:
-                    kept.setdefault(block, DataError(f"its row group cannot be read ({first_line(error)})"))
-
-        def item(row: int) -> Item:
-            block = int(np.searchsorted(self.starts, row, side="right")) - 1
-            found, index = kept[block], row - int(self.starts[block])
-            split = next(name for name, start in reversed(self.split_starts.items()) if start <= row)
-            number = row - self.split_starts[split]
-            if isinstance(found, DataError):
-                return Item(f"row {number}", found)
-            image, label, group = (None if values is None else values[index].as_py() for values in found)
-            return self.rows.item(split, number, image, label, group)
-
-        return item
-
-    def keys(self, rows: range, seed: int, n: int) -> np.ndarray:
-        first, last = np.searchsorted(self.starts, (rows.start, rows.stop))
-        names = np.array([zlib.crc32(Path(file).name.encode()) for file in self.files], np.uint64)
-        blocks = np.arange(int(first), int(last))
-        in_file = blocks - np.searchsorted(self.file_of, self.file_of[blocks])
-        block_keys = mixed((names[self.file_of[blocks]] << np.uint64(20)) + in_file.astype(np.uint64), seed)
-        counts = np.diff(self.starts)[blocks]
-        if self.rows.group is not None:
-            return self._group_keys(blocks, seed)
-        order = np.argsort(block_keys, kind="stable")
-        enough = max(HELD_BLOCKS, 1 + int(np.searchsorted(np.cumsum(counts[order]), 2 * n)))
-        found = np.full(len(rows), NEVER)
-        for index in order[:enough]:
-            start, count = int(self.starts[blocks[index]]) - rows.start, int(counts[index])
-            found[start : start + count] = mixed(np.arange(count, dtype=np.uint64) + block_keys[index], seed)
-        return found
-
-    def _group_keys(self, blocks: np.ndarray, seed: int) -> np.ndarray:
-        group, found = self.rows.group, array("Q")
-        for file in np.unique(self.file_of[blocks]):
-            with _opened(self.files[file]) as parquet:
-                for block in blocks[self.file_of[blocks] == file]:
-                    values = parquet.read_row_group(int(self.group_of[block]), columns=[group]).column(0).to_pylist()
-                    names = (f"row {len(found) + i}" if value is None else str(value) for i, value in enumerate(values))
-                    found.extend([zlib.crc32(name.encode()) for name in names])
-        return mixed(np.frombuffer(found, np.uint64), seed)
-
-    def checksum(self) -> int:
-        names = "\0".join(Path(file).name for file in self.files).encode()
-        sizes = b"" if self.block_bytes is None else self.block_bytes.tobytes()
-        return zlib.crc32(sizes, zlib.crc32(self.starts.tobytes(), zlib.crc32(names)))
-
-    def remarks(self) -> list[str]:
-        return []
-
-
-@contextmanager
-def _opened(file: str) -> Iterator[Any]:
-    """A Parquet file at a path or an address.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    import fsspec
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with ExitStack() as stack:
-            stream = stack.enter_context(fsspec.open(file, "rb")) if "://" in file else file
-            yield stack.enter_context(pq.ParquetFile(stream))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({first_line(error)}): restore it or remove it") from error
-
-
-def parquet_shards(source: ParquetSource) -> ParquetShards:
-    """The row groups of Parquet files in a folder."""
-    return ParquetShards(source.name, source.splits, lambda: source.rows)
-
-
-def hub_shards(name: str, options: DataOptions) -> ParquetShards:
-    """The row groups of a data set on the hub, read from there as they are needed.
-
-    Raises:
-        DataError: there is no such data set, or it is none of Parquet files.
-    """
-    import datasets
-
-    try:
-        repository, _, configuration = name.partition(":")
-        config: Any = datasets.load_dataset_builder(repository, configuration or None).config
-        found: dict[Any, Any] = config.data_files or {}
-        files = used_splits({str(split): [str(file) for file in its] for split, its in found.items()})
-    except Exception as error:  # datasets and the hub each raise types of their own
-        raise DataError(f"{name} cannot be read as image data: {first_line(error)}; give a folder or file") from error
-    kinds = Counter(Path(file).suffix for found in files.values() for file in found)
-    if set(kinds) != {".parquet"}:
-        listed = ", ".join(kinds) or "no"
-        raise DataError(
-            f"{name} has {listed} files, and only Parquet can be streamed: download it and give the folder, or take "
-            "--stream never"
-        )
-    return ParquetShards(name, files, lambda: RowSource(name, name, options))
 
 
 def largest_block(shards: Shards) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from introvae.data import Data, Density, DensityData
+from introvae.errors import ConfigError, whole
 from introvae.measures.entries import Metrics, entry
 from introvae.measures.heldout import Heldout, heldout_metrics, look_at_heldout
 from introvae.measures.sets import NEIGHBOURS, collect_sets, set_metrics
@@ -27,6 +28,8 @@ __all__ = [
     "Findings",
     "Heldout",
     "Metrics",
+    "check_numbers",
+    "class_metrics_in",
     "examine",
     "look_at_heldout",
     "measure",
@@ -45,8 +48,13 @@ def metrics_in(space: str) -> list[str]:
         >>> metrics_in("vgg")[:3]
         ['frechet_vgg', 'kid_vgg', 'precision_vgg']
     """
-    judged = ("confident_share", "class_entropy_nats", "class_distance") if space in CLASSIFIERS else ()
-    return [f"{metric}_{space}" for metric in ("frechet", "kid", *NEIGHBOURS, *judged)]
+    judged = class_metrics_in(space) if space in CLASSIFIERS else []
+    return [*(f"{metric}_{space}" for metric in ("frechet", "kid", *NEIGHBOURS)), *judged]
+
+
+def class_metrics_in(classifier: str) -> list[str]:
+    """Names of the metrics of a classifier's classes."""
+    return [f"{metric}_{classifier}" for metric in ("confident_share", "class_entropy_nats", "class_distance")]
 
 
 METRICS = [
@@ -83,19 +91,28 @@ def examine(
     heldout: Heldout | None = None,
     features: Sequence[Any] = (),
     encodes: str = "posterior",
+    samples: int | None = None,
+    reference: int | None = None,
 ) -> Findings:
     """All metrics that apply to this data, of a model in evaluation mode, and what belongs to them.
+
+    Models, features and distances are computed on the model's device; sums in float64 on the CPU.
 
     Arguments:
         seed: of all draws.
         heldout: from `look_at_heldout`, where it was called already.
         features: spaces to compare samples in besides the usual ones: names, files, modules.
         encodes: what the encoder gives: "posterior", "mode" alone, or "nothing" (`Objective.encodes`).
+        samples: how many go into Fréchet distances and shares of classes, in memory for a batch of them; where no
+            number is given 5,000 (2,000 in spaces that are there for all images), and no more than held-out images.
+            What needs all features at once takes the first 5,000 of them at most.
+        reference: how many training images they are compared with (or all there are), 10,000 where no number is given.
 
     Raises:
-        ConfigError: an unknown feature space.
+        ConfigError: an unknown feature space; a number under 2, or one for points of a density.
         DataError: the model makes values that are not finite.
     """
+    check_numbers(data, samples=samples, reference=reference)
     if isinstance(data, DensityData):
         metrics = _plane(model, data.density, torch.Generator().manual_seed(seed), encodes == "posterior")
         return Findings(metrics, {}, PlaneYardstick(model, data.density, POINTS, seed))
@@ -106,9 +123,21 @@ def examine(
         metrics = heldout_metrics(model, heldout, encodes == "posterior")
     if min(len(data.train), len(data.heldout)) < 2:
         return Findings(metrics, {}, None)
-    sets = collect_sets(model, data, seed, features)
+    sets = collect_sets(model, data, seed, features, samples, reference)
     more, shares = set_metrics(sets, data, seed)
     return Findings(metrics | more, shares, SetYardstick(data, sets, heldout, encodes == "posterior"))
+
+
+def check_numbers(data: Data, **numbers: int | None) -> None:
+    """Raise `ConfigError` unless every number of images that is given can be one."""
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        whole(**{name: number})
+        if number < 2:
+            raise ConfigError(f"{name} is {number}: it must be at least 2")
+        if isinstance(data, DensityData):
+            raise ConfigError(f"{name} does not apply to {data.name}: leave it out, protocols fix the number of points")
 
 
 def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator, posteriors: bool) -> Metrics:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Part
 from introvae.measures.entries import Metrics, at_once, entry
+from introvae.measures.reference import Reference
 from introvae.metrics import classifier, diversity, kernel
 from introvae.metrics.collect import Collected, Found, Wanted, collect
 from introvae.metrics.features import FeatureSpace, default_spaces, feature_space
@@ -20,10 +21,10 @@ from introvae.metrics.manifold import DENSITY_NEIGHBOUR, NEIGHBOUR, Manifold, Ne
 from introvae.model import IntrospectiveVAE
 
 TRAIN = 10_000
-"""So many images stand for the training part."""
+"""So many images stand for the training part, unless another number is asked for."""
 FEW, MANY = 2000, 5000
-"""Samples, as far as there are held-out images: in `CHEAP` spaces, and in all others. No more than MANY training and
-held-out images go into neighbourhoods and kernel distances."""
+"""Samples, as far as there are held-out images: in `CHEAP` spaces, and in all others. No more than MANY images of each
+set go into neighbourhoods and kernel distances, which need all features at once."""
 COMPARED = 1000
 """On so many held-out images, and as many samples, variants of the model are compared."""
 PAIRS = 1000
@@ -39,19 +40,19 @@ SURE = 0.9
 """A classifier is sure of an image whose likeliest class has at least this probability."""
 AGREES = 0.5
 """A classifier's classes are those of the data if it is right about so many of the labelled held-out images."""
+UNLABELLED = "; the data have no labels: whether they are of its classes is not known"
 CHEAP = ("thumb", "randconv", "values")
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
 
-def spaces_of(data: ArrayData, features: Sequence[Any]) -> dict[str, tuple[FeatureSpace, bool]]:
+def spaces_of(data: ArrayData, asked: Sequence[FeatureSpace]) -> dict[str, tuple[FeatureSpace, bool]]:
     """The spaces to compare in by name, and whether by all metrics (or by the Fréchet distance alone).
 
     Arguments:
-        features: spaces that the user asked for besides the usual ones; see `feature_space`.
+        asked: spaces that the user asked for besides the usual ones.
     """
     usual = default_spaces(data.name, data.shape)
     found = {name: (feature_space(name), name in classifier.CLASSIFIERS) for name in usual}
-    asked = [space if isinstance(space, FeatureSpace) else feature_space(space) for space in features]
     return found | {space.name: (space, True) for space in asked}
 
 
@@ -61,16 +62,20 @@ class Sets:
 
     Arguments:
         spaces: as `spaces_of` gives them.
+        asked: names of those that the user asked for.
         rows: of the held-out part, in random order, since a test part may be sorted.
         unseen: those rows.
-        latents: of the samples.
+        latents: of the samples, or the first MANY of them.
         condition: their classes, where the model takes one.
-        labels: of the training images.
+        labels: of the first training images.
         train, heldout, samples: what was found.
         early: of the first samples alone, for comparisons with variants of the model.
+        compared: how many samples and held-out images those comparisons take.
+        device: where features are compared by all distances between them.
     """
 
     spaces: dict[str, tuple[FeatureSpace, bool]]
+    asked: frozenset[str]
     rows: Tensor
     unseen: Part
     latents: Tensor
@@ -80,41 +85,79 @@ class Sets:
     heldout: Collected
     samples: Collected
     early: Collected
+    compared: int
+    device: torch.device
+
+    def features(self, space: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What was kept of the training part, the held-out part and the samples, on the device."""
+        train, heldout, samples = (of.spaces[space].features for of in (self.train, self.heldout, self.samples))
+        return train.to(self.device), heldout.to(self.device), samples.to(self.device)
 
     @property
-    def compared(self) -> int:
-        """How many samples and held-out images variants of the model are compared on."""
-        return min(COMPARED, len(self.unseen))
+    def judges(self) -> dict[str, str]:
+        """The spaces of classifiers whose classes are the data's, and what a reader of their numbers must know.
 
-    @property
-    def known_classes(self) -> set[str]:
-        """The spaces that are a classifier's whose classes are the data's."""
-        judges = [name for name, (space, _) in self.spaces.items() if space.judge is not None]
-        return {name for name in judges if _agrees(self.heldout.spaces[name], self.unseen.labels)}
+        Without labels nobody knows it, and a classifier speaks only where it was asked for.
+        """
+        found = {}
+        for name, (space, _) in self.spaces.items():
+            if space.judge is not None:
+                agrees = _agrees(self.heldout.spaces[name], self.unseen.labels)
+                if agrees or (agrees is None and name in self.asked):
+                    found[name] = "" if agrees else UNLABELLED
+        return found
 
 
-def collect_sets(model: IntrospectiveVAE, data: ArrayData, seed: int, features: Sequence[Any] = ()) -> Sets:
-    """Read the sets, draw the samples."""
+def collect_sets(
+    model: IntrospectiveVAE,
+    data: ArrayData,
+    seed: int,
+    features: Sequence[Any] = (),
+    samples: int | None = None,
+    reference: int | None = None,
+) -> Sets:
+    """Read the sets, draw the samples. All draws are made on the CPU, so that no device changes them.
+
+    Arguments:
+        features, samples, reference: as in `examine`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    spaces = spaces_of(data, features)
-    reference = data.train.some(TRAIN, generator)
-    rows = torch.randperm(len(data.heldout), generator=generator)[:MANY]
+    asked = [space if isinstance(space, FeatureSpace) else feature_space(space) for space in features]
+    spaces = spaces_of(data, asked)
+    part = Reference(data.train, TRAIN if reference is None else reference, generator)
+    rows = torch.randperm(len(data.heldout), generator=generator)[: max(MANY, samples or 0)]
     unseen = data.heldout[rows]
     images = len(data.shape) == 3
-    of_train, of_unseen, of_samples = _wanted(spaces, len(reference), len(unseen), images and small(data))
-    drawn = max(max(want.images, want.kept) for want in of_samples)
-    latents = torch.randn(drawn, model.latent_dim, generator=generator)
-    condition = model.draw_condition(drawn, generator)
-    read = decoded(model, latents, condition)
+    pixels = images and small(data)
+    wanted = _wanted(spaces, len(part), len(unseen), samples, pixels)
     pairs = min(PAIRS, len(unseen) // 2) if images and diversity.ms_ssim_scales(min(data.shape[1:])) else 0
-    first, batch = min(COMPARED, len(unseen)), at_once(data.shape)
-    early = collect(read, of_samples, first, batch=batch, pairs=pairs)
-    samples = Collected()
-    samples.merge(early)
-    samples.merge(collect(read, of_samples, drawn, start=first, batch=batch, pairs=pairs))
-    train = collect(stored(model, reference), of_train, len(reference), batch=batch)
-    heldout = collect(stored(model, unseen), of_unseen, len(unseen), batch=batch, pairs=pairs)
-    return Sets(spaces, rows, unseen, latents, condition, reference.labels, train, heldout, samples, early)
+    first, batch = min(COMPARED, len(unseen), samples or COMPARED), at_once(data.shape)
+    # Further samples are only summed: their latents are drawn when they are decoded.
+    drawn = max(max(want.images, want.kept) for want in wanted.samples)
+    held = min(drawn, max(MANY, SAMPLES * REPEATS))
+    latents = torch.randn(held, model.latent_dim, generator=generator)
+    condition = model.draw_condition(held, generator)
+    read = decoded(model, latents, condition)
+    early = collect(read, wanted.samples, first, batch=batch, pairs=pairs)
+    fakes = Collected()
+    fakes.merge(early)
+    fakes.merge(collect(read, wanted.samples, held, start=first, batch=batch, pairs=pairs))
+    fakes.merge(collect(further(model, generator), wanted.samples, drawn, start=held, batch=batch))
+    return Sets(
+        spaces,
+        frozenset(space.name for space in asked),
+        rows,
+        unseen,
+        latents,
+        condition,
+        part[:REFERENCE].labels if pixels else None,
+        train=collect(stored(model, part), wanted.train, len(part), batch=batch),
+        heldout=collect(stored(model, unseen), wanted.heldout, len(unseen), batch=batch, pairs=pairs),
+        samples=fakes,
+        early=early,
+        compared=first,
+        device=model.device,
+    )
 
 
 def small(data: ArrayData) -> bool:
@@ -122,19 +165,32 @@ def small(data: ArrayData) -> bool:
     return math.prod(data.shape) <= MAX_PIXELS
 
 
+class _WantedOf(NamedTuple):
+    """What is looked at of each set."""
+
+    train: list[Wanted]
+    heldout: list[Wanted]
+    samples: list[Wanted]
+
+
 def _wanted(
-    spaces: dict[str, tuple[FeatureSpace, bool]], train: int, heldout: int, pixels: bool
-) -> tuple[list[Wanted], list[Wanted], list[Wanted]]:
-    """What is looked at of the training part, the held-out part and the samples."""
-    wanted: tuple[list[Wanted], list[Wanted], list[Wanted]] = ([], [], [])
+    spaces: dict[str, tuple[FeatureSpace, bool]], train: int, heldout: int, samples: int | None, pixels: bool
+) -> _WantedOf:
+    """What is looked at of sets of those sizes; where no number of samples was asked for, as many as held-out images.
+
+    Arguments:
+        pixels: whether images are compared by them too.
+    """
+    wanted = _WantedOf([], [], [])
     looked = {**spaces} if not pixels or "pixels" in spaces else {**spaces, "pixels": (feature_space("pixels"), False)}
     for name, (space, fully) in looked.items():
-        summed = 0 if name not in spaces else FEW if name in CHEAP else MANY
+        usual = FEW if name in CHEAP else MANY
+        most = 0 if name not in spaces else usual if samples is None else samples
         kept = MANY if fully else 0
         least = (REFERENCE, REFERENCE, SAMPLES * REPEATS) if pixels and name == "pixels" else (0, 0, 0)
-        counts = (train, min(summed, heldout), min(summed, heldout))
+        counts = (train, min(most, heldout), min(most, heldout) if samples is None else most)
         for want, count, few in zip(wanted, counts, least, strict=True):
-            want.append(Wanted(space, count if summed else 0, max(min(kept, count), few)))
+            want.append(Wanted(space, count if most else 0, max(min(kept, count), few)))
     return wanted
 
 
@@ -148,7 +204,12 @@ def decoded(model: IntrospectiveVAE, latents: Tensor, condition: Tensor | None =
     return read
 
 
-def stored(model: IntrospectiveVAE, part: Part) -> Callable[[int, int], Tensor]:
+def further(model: IntrospectiveVAE, generator: torch.Generator) -> Callable[[int, int], Tensor]:
+    """Reads samples whose latents are drawn then, one batch after another."""
+    return lambda first, last: model.sample(last - first, generator)
+
+
+def stored(model: IntrospectiveVAE, part: Part | Reference) -> Callable[[int, int], Tensor]:
     """Reads real data."""
     return lambda first, last: part[slice(first, last)].tensor(model.device)
 
@@ -166,16 +227,16 @@ def set_metrics(sets: Sets, data: ArrayData, seed: int) -> tuple[Metrics, dict[s
         n = samples.sums.count
         protocol = (
             f"features {name}{f' ({space.note})' if fully else ''}: {n} samples against {train.sums.count} of the "
-            f"training part; floor: {n} held-out {kind} in the samples' place"
+            f"training part; floor: {heldout.sums.count} held-out {kind} in the samples' place"
         )
         distance, floor = (frechet_distance(s.sums, train.sums) for s in (samples, heldout) if s.sums is not None)
         found[f"frechet_{name}"] = entry([distance], n, protocol, floor)
         if fully:
-            found[f"kid_{name}"] = _kernel_distance(name, train, heldout, samples, seed)
+            found[f"kid_{name}"] = _kernel_distance(name, sets, seed)
         if fully and not (name == "pixels" and small(data)):
-            found |= _neighbours(name, train, heldout, samples)
-        if space.judge is not None and name in sets.known_classes:
-            judged, shares[name] = _classes(name, space.judge, train, heldout, samples)
+            found |= _neighbours(name, sets)
+        if space.judge is not None and (remark := sets.judges.get(name)) is not None:
+            judged, shares[name] = _classes(name, space.judge, remark, train, heldout, samples)
             found |= judged
     if len(data.shape) == 3 and small(data):
         found |= _pixels(sets)
@@ -184,35 +245,36 @@ def set_metrics(sets: Sets, data: ArrayData, seed: int) -> tuple[Metrics, dict[s
     return found, shares
 
 
-def _kernel_distance(name: str, train: Found, heldout: Found, samples: Found, seed: int) -> dict[str, Any]:
+def _kernel_distance(name: str, sets: Sets, seed: int) -> dict[str, Any]:
+    train, heldout, samples = sets.features(name)
     ours, floor = (
-        kernel.kernel_distances(found.features, train.features, torch.Generator().manual_seed(seed))
-        for found in (samples, heldout)
+        kernel.kernel_distances(points, train, torch.Generator().manual_seed(seed)) for points in (samples, heldout)
     )
-    n, whole = len(samples.features), len(ours) == 1
-    sizes = [min(kernel.SUBSET, len(of.features)) for of in (samples, train)]
+    n, whole = len(samples), len(ours) == 1
+    sizes = [min(kernel.SUBSET, len(points)) for points in (samples, train)]
     how = "all of them at once" if whole else f"mean and std of {len(ours)} random subsets of {sizes[0]} and {sizes[1]}"
     protocol = (
-        f"features {name}: {n} samples against {len(train.features)} of the training part, unbiased squared MMD, "
-        f"kernel (x·y / F + 1)^3, {how}; floor: {len(heldout.features)} held-out images in the samples' place"
+        f"features {name}: {n} samples against {len(train)} of the training part, unbiased squared MMD, "
+        f"kernel (x·y / F + 1)^3, {how}; floor: {len(heldout)} held-out images in the samples' place"
     )
     return entry(ours, n, protocol, sum(floor) / len(floor))
 
 
-def _neighbours(name: str, train: Found, heldout: Found, samples: Found) -> Metrics:
+def _neighbours(name: str, sets: Sets) -> Metrics:
     """Precision, recall, density and coverage in a space, of one draw."""
-    counts = [len(found.features) for found in (train, heldout, samples)]
-    if min(counts) <= DENSITY_NEIGHBOUR:
+    train, heldout, samples = sets.features(name)
+    # No more than the real ones, and as many training images: the more points, the more of the real ones they cover.
+    samples = samples[: len(heldout)]
+    stand_in = train[: len(samples)]
+    if min(len(train), len(heldout), len(samples)) <= DENSITY_NEIGHBOUR:
         return {}
-    real = Manifold(heldout.features, [NEIGHBOUR, DENSITY_NEIGHBOUR])
-    # As many as samples: the more points, the more of the real ones they cover.
-    stand_in = train.features[: counts[2]]
-    ours, floor = (neighbourhoods(real, Manifold(x, [NEIGHBOUR])) for x in (samples.features, stand_in))
+    real = Manifold(heldout, [NEIGHBOUR, DENSITY_NEIGHBOUR])
+    ours, floor = (neighbourhoods(real, Manifold(x, [NEIGHBOUR])) for x in (samples, stand_in))
     protocol = (
-        f"features {name}: {counts[2]} samples, {counts[1]} held-out images, {{}}; floor: {len(stand_in)} training "
-        "images in the samples' place"
+        f"features {name}: {len(samples)} samples, {len(heldout)} held-out images, {{}}; floor: {len(stand_in)} "
+        "training images in the samples' place"
     )
-    return _named(name, [ours], floor, counts[2], protocol)
+    return _named(name, [ours], floor, len(samples), protocol)
 
 
 def _named(name: str, draws: list[Neighbourhoods], floor: Neighbourhoods, n: int, protocol: str) -> Metrics:
@@ -226,26 +288,26 @@ def _named(name: str, draws: list[Neighbourhoods], floor: Neighbourhoods, n: int
     return found
 
 
-def _agrees(heldout: Found, labels: Tensor | None) -> bool:
-    """Whether a classifier's classes are the data's, as far as can be known."""
+def _agrees(heldout: Found, labels: Tensor | None) -> bool | None:
+    """Whether a classifier's classes are the data's; None where no label tells."""
     if labels is None:
-        return True
+        return None
     classes = torch.cat(heldout.classes)
     labels = labels[: len(classes)]
     known = labels >= 0  # -1: not labelled
-    return not known.any() or bool((classes[known] == labels[known]).double().mean() >= AGREES)
+    return bool((classes[known] == labels[known]).double().mean() >= AGREES) if known.any() else None
 
 
 def _classes(
-    name: str, judge: classifier.Shipped, train: Found, heldout: Found, samples: Found
+    name: str, judge: classifier.Shipped, remark: str, train: Found, heldout: Found, samples: Found
 ) -> tuple[Metrics, dict[str, Any]]:
     k = len(judge.classes)
     n, real = len(torch.cat(samples.sure)), len(torch.cat(heldout.sure))
     of_heldout, of_samples = heldout.shares(k), samples.shares(k)
     of_train = train.shares(k, first=n)  # as many as samples: the shares of fewer are further off by chance
     protocol = (
-        f"{n} samples, the package's classifier of {name} ({100 * judge.accuracy:.1f} % right on its test images); "
-        f"floor: {real} held-out images in the samples' place"
+        f"{n} samples, the package's classifier of {name} ({100 * judge.accuracy:.1f} % right on its test images)"
+        f"{remark}; floor: {real} held-out images in the samples' place"
     )
     found = {
         f"confident_share_{name}": entry(
@@ -284,7 +346,7 @@ def _alike(sets: Sets, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def _pixels(sets: Sets) -> Metrics:
     """What pixels tell: neighbourhoods, and what a classifier fitted on them says where the images are labelled."""
-    train, real, fakes = (s.spaces["pixels"].features for s in (sets.train, sets.heldout, sets.samples))
+    train, real, fakes = sets.features("pixels")
     train, real, draws = train[:REFERENCE], real[:REFERENCE], list(fakes[: SAMPLES * REPEATS].split(SAMPLES))
     if min(len(train), len(real)) < FEWEST:
         return {}

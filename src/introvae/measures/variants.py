@@ -101,14 +101,15 @@ class SetYardstick:
             assert real.sums is not None
             values[f"frechet_{name}"] = frechet_distance(ours.sums, real.sums)
             if fully:
-                values |= self._by_features(name, ours.features[: self.n])
-            if name in self.sets.known_classes:
+                values |= self._by_features(name, ours.features[: self.n].to(self.sets.device))
+            if name in self.sets.judges:
                 values[f"confident_share_{name}"] = ours.confident(SURE)
         return values
 
     def _by_features(self, name: str, ours: Tensor) -> Values:
         """What the features themselves tell, and not their mean and covariance alone."""
-        train, unseen = self.sets.train.spaces[name].features, self.sets.heldout.spaces[name].features[: self.n]
+        train, unseen, _ = self.sets.features(name)
+        unseen = unseen[: self.n]
         values = {f"kid_{name}": kernel.polynomial_mmd(ours, train[: kernel.SUBSET])}
         if min(len(ours), len(unseen)) > DENSITY_NEIGHBOUR and not (name == "pixels" and small(self.data)):
             real = Manifold(unseen, [NEIGHBOUR, DENSITY_NEIGHBOUR])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError
+from introvae.metrics.exact import exact
 
 SUBSET, SUBSETS = 1000, 50
 
@@ -26,7 +27,7 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     for points in (x, y):
         if len(points) < 2:
             raise ConfigError(f"{len(points)} samples have no kernel distance: give at least two")
-    x, y = x.double(), y.double()
+    x, y = exact(x), exact(y)
     within = [(_kernel(a, a).sum() - _kernel_of_self(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)]
     return float(within[0] + within[1] - 2 * _kernel(x, y).mean())
 
@@ -40,7 +41,7 @@ def kernel_distances(
 
     Arguments:
         x, y: features `[N, F]` and `[M, F]`.
-        generator: of the subsets, which are drawn without replacement.
+        generator: of the subsets, which are drawn without replacement; on the CPU.
         subset: points of each subset.
         subsets: how many.
 

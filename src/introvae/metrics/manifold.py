@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError
+from introvae.metrics.exact import exact
 
 NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """The neighbours that give the radii, as in the papers: for precision and recall, for density and coverage."""
@@ -20,7 +21,7 @@ class Manifold:
     """A set of points and the distance of each to its k-th neighbour in the set.
 
     Arguments:
-        points: features `[N, ...]`, flattened here; pixels are features too.
+        points: features `[N, ...]`, flattened here; pixels are features too. Distances are computed on their device.
         neighbours: the values of k.
         name: of the set, for messages.
 
@@ -33,7 +34,7 @@ class Manifold:
     """
 
     def __init__(self, points: Tensor, neighbours: list[int], name: str = "given") -> None:
-        self.points = points.flatten(1).double()
+        self.points = exact(points.flatten(1))
         if len(points) <= (k := max(neighbours)):
             raise ConfigError(f"{len(points)} {name} samples have no {k}-th neighbour: give more than {k}")
         # The point itself is its own nearest; its copies are neighbours like others.
@@ -69,7 +70,7 @@ def neighbourhoods(
     density nor coverage.
 
     Arguments:
-        real, fake: with radii of neighbour `k`; the real one of `density_k` too.
+        real, fake: with radii of neighbour `k`; the real one of `density_k` too. On one device.
         density_k: the neighbour for density and coverage, or None for neither.
 
     Source: precision and recall Kynkaanniemi et al. 2019, Eqs. 1-3; density and coverage Naeem et al. 2020, Eqs. 3-4.
@@ -79,8 +80,9 @@ def neighbourhoods(
         >>> neighbourhoods(Manifold(points, [1, 2]), Manifold(points[:5], [1]), k=1, density_k=2)
         Neighbourhoods(precision=1.0, recall=0.6, density=1.5, coverage=0.6)
     """
-    inside = torch.zeros(len(fake.points), dtype=torch.bool)
-    reached, covered = (torch.zeros(len(real.points), dtype=torch.bool) for _ in range(2))
+    device = real.points.device
+    inside = torch.zeros(len(fake.points), dtype=torch.bool, device=device)
+    reached, covered = (torch.zeros(len(real.points), dtype=torch.bool, device=device) for _ in range(2))
     balls = 0
     for rows, distances in real.distances_from(fake.points):
         inside[rows] = (distances <= real.radii[k]).any(dim=1)

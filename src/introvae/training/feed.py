@@ -144,7 +144,7 @@ class Feed:
         """This process' rows of the next batch, and their classes where they are asked for.
 
         Raises:
-            DataError: one has none, or one that is not known; of a stream, that shows only here.
+            DataError: one has none, or one that is not known: the data changed since their classes were counted.
         """
         if not self.classes:
             return self.batches.stored(self.rows), None

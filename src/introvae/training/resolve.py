@@ -6,10 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
-
 from introvae.classes import Classes
-from introvae.data import ArrayData, Data, load_data
+from introvae.data import ArrayData, Data, Part, load_data
 from introvae.data.stream import StreamData, StreamedPart
 from introvae.errors import ConfigError, DataError
 from introvae.networks import network_for
@@ -32,8 +30,8 @@ def preparation_of(data: Data) -> dict[str, Any]:
 
 
 def classes_of(config: FitConfig, data: Data) -> Classes | None:
-    """The classes of a conditional run, and how often each occurs in the training part (of data that stream, in the
-    held-out part); None for other runs.
+    """The classes of a conditional run, and how often each occurs in the training part (of data that stream, pictures
+    that cannot be read count too); None for other runs.
 
     Raises:
         DataError: data without classes, or samples without one.
@@ -43,19 +41,18 @@ def classes_of(config: FitConfig, data: Data) -> Classes | None:
         return None
     if not isinstance(data, ArrayData):
         raise DataError(f"{data.name} has no classes: leave conditional out")
-    parts = [data.heldout] if isinstance(data.train, StreamedPart) else [data.heldout, data.train]
-    labels = [part.labels for part in parts if part.labels is not None]
-    if len(labels) < len(parts):
+    heldout, train = _occurrences(data.heldout), _occurrences(data.train)
+    if heldout is None or train is None:
         raise DataError(
             f"the samples of {data.name} have no classes: put images into a sub-folder for each class, name the column "
             "of a table with --label, or leave conditional out"
         )
-    missing = sum(int((found < 0).sum()) for found in labels)
+    missing = sum(count for found in (heldout, train) for label, count in found.items() if label < 0)
     if missing:
         raise DataError(
             f"{missing} samples of {data.name} have no class: label them, remove them, or leave conditional out"
         )
-    highest = max(int(found.max()) for found in labels)
+    highest = max((*heldout, *train))
     count = len(data.class_names) or highest + 1
     if highest >= min(count, MOST_CLASSES):
         raise DataError(
@@ -63,7 +60,17 @@ def classes_of(config: FitConfig, data: Data) -> Classes | None:
             f"classes from 0, {MOST_CLASSES} at most, or leave conditional out"
         )
     names = data.class_names or tuple(map(str, range(count)))
-    return Classes(names, tuple(torch.bincount(labels[-1], minlength=count).tolist()))
+    return Classes(names, tuple(train.get(label, 0) for label in range(count)))
+
+
+def _occurrences(part: Part) -> dict[int, int] | None:
+    """How often each class index occurs in a part, -1: unknown; None where it has no classes."""
+    if isinstance(part, StreamedPart):
+        return part.occurrences()
+    if part.labels is None:
+        return None
+    values, counts = part.labels.unique(return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def resolve(config: FitConfig, data: Data) -> FitConfig:
