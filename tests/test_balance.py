@@ -404,6 +404,8 @@ def test_the_other_betas_come_from_the_warm_up_s_to_their_own_in_equal_ratios(st
             assert found[name][110] == pytest.approx(math.sqrt(first * last))
             ratios = [after / before for before, after in itertools.pairwise(found[name][10:211])]
             assert ratios == pytest.approx([ratios[0]] * 200, rel=1e-4)
+        else:  # 0 has no ratio
+            assert found[name][110] == pytest.approx(last / 2)
     controller.multiply("beta_kl", 2.0)
     assert controller.update(260)["beta_kl"].item() == pytest.approx(0.6)
 
@@ -420,6 +422,14 @@ def test_the_other_betas_come_from_the_warm_up_s_to_their_own_in_equal_ratios(st
 )
 def test_without_a_beta_neg_to_find_there_is_no_ramp(objective: Objective, warmup: Warmup) -> None:
     assert ramp_from(objective, warmup) == {}
+
+
+def test_what_the_guard_multiplied_it_can_take_back() -> None:
+    rule, value = Gap(SoftIntroVAE(), 0.5, "cpu"), torch.tensor(0.1)
+    for factor in (0.25, 4.0):
+        rule.multiply(factor)
+    shown(rule, [(2.0, 2.2)] * 4000, value)
+    assert 2 * value.item() == pytest.approx(1.5, rel=1e-4)
 
 
 def test_multiply_of_an_automatic_margin_stays() -> None:

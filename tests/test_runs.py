@@ -580,6 +580,8 @@ def test_given_settings_replace_those_of_a_recipe_that_exclude_them(tmp_path: Pa
     run = fit(**settings, network="tiny-mlp", epochs=0.1, warmup=Warmup(), out=str(tmp_path / "run"))
     found = run.config()
     assert (found.network, found.steps, found.warmup, found.network_options) == ("tiny-mlp", 1, Warmup(), {})
+    same = fit(**settings, network="conv", epochs=0.1, warmup=Warmup(), latent_dim=2, out=str(tmp_path / "same"))
+    assert same.config().network_options == {"norm": "none"}
 
 
 def stand_in(config: FitConfig) -> Any:

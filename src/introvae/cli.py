@@ -136,15 +136,15 @@ def _fit(words: list[str]) -> None:
             return _show(trainer) if speaks() else None
         run = resume_fit(own.resume, wanted, progress=not own.quiet)
     else:
-        config = settings.parse_config(rest, settings.recipe_files(own.recipe, rest))
+        wanted = settings.parse_config(rest, settings.recipe_files(own.recipe, rest))
         if own.dry_run:
-            trainer = Trainer(config)
+            trainer = Trainer(wanted)
             return _show(trainer) if speaks() else None
-        run = fit(config, progress=not own.quiet)
+        run = fit(wanted, progress=not own.quiet)
     if not speaks():  # of processes that trained together, the first measures and tells
         return None
     print(f"run      {run.folder}\nmodel    {run.model_folder}\npictures {run.images}")
-    return _report(run, device=run.config().device) if own.evaluate else None
+    return _report(run, device=wanted.device) if own.evaluate else None
 
 
 def _show(trainer: Trainer) -> None:
@@ -371,7 +371,10 @@ def _doctor(words: list[str]) -> None:
         "example:\n  introvae doctor\n  introvae doctor --clear-cache",
     )
     parser.add_argument(
-        "--clear_cache", "--clear-cache", action="store_true", help="drop decoded images and copied files"
+        "--clear_cache",
+        "--clear-cache",
+        action="store_true",
+        help="drop decoded images and copied files, while nothing trains",
     )
     own = parser.parse_args(words)
     from introvae.data import cache

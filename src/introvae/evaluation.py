@@ -48,6 +48,7 @@ from introvae.training.run import Run
 WORST = 10
 """How many of the worst reconstructions the report names."""
 IDENTITY = {
+    "version": "version of introvae",
     "model": "model",
     "train": "training data",
     "heldout": "held-out data",
@@ -131,7 +132,13 @@ def evaluate(
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(loaded.name).stem).strip("-") or "data"
     suffix = "" if _same(loaded.name, config.data) else f"-{stem}"
     path = run.report_path.with_stem(run.report_path.stem + suffix)
-    its = {**_identity(run, loaded), "seed": seed, "samples": samples, "reference": reference}
+    its = {
+        "version": dict(versions())["introvae"],
+        **_identity(run, loaded),
+        "seed": seed,
+        "samples": samples,
+        "reference": reference,
+    }
     before = _earlier(path, metrics, its) if metrics else {}
     rows = run.log()
     report: dict[str, Any] = {

@@ -47,7 +47,12 @@ def cache_folder() -> Path:
 
 def cache_bytes() -> int:
     """What the cache takes on disk."""
-    return sum(file.stat().st_size for file in cache_folder().rglob("*") if file.is_file())
+    total = 0
+    for folder, _, names in os.walk(cache_folder()):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # of a process that is just done with it
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
 
 def clear_cache() -> int:
@@ -144,11 +149,13 @@ def read_entry(key: str) -> Entry | None:
         return None
 
 
-def _sweep(entries: Path) -> None:
-    """Remove what processes that were killed while they decoded have left."""
-    for folder in entries.glob(".new-*"):
-        if folder.stat().st_mtime < time.time() - LEFT_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote there have left."""
+    for left in folder.glob(".new-*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+                left.unlink(missing_ok=True)
 
 
 class Writer:
@@ -186,7 +193,7 @@ class Writer:
         cost = cost_of(shape)
         try:
             entries.mkdir(parents=True, exist_ok=True)
-            _sweep(entries)
+            sweep(entries)
             free = shutil.disk_usage(entries).free
             if free < ROOM * size:
                 log.info(

@@ -114,7 +114,7 @@ def _stream(shards: Shards, options: DataOptions, preparation: Preparation | Non
     if (block := largest_block(shards)) > BLOCK_SHARE * psutil.virtual_memory().total / local_processes():
         raise DataError(
             f"{shards.name} has a row group of {block / 1e6:,.0f} MB, which must be read at once: write the files with "
-            "smaller ones, as Dataset.to_parquet(batch_size=1000) does"
+            "smaller ones, as Dataset.to_parquet(batch_size=1000) does, or start fewer processes here"
         )
     prepare = preparation or survey.preparation(options)
     pictures = Pictures(shards, options, prepare)

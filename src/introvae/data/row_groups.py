@@ -6,6 +6,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,12 @@ from introvae.data.shards import NEVER, ORDER, mixed
 from introvae.data.sources import SPLIT_WORDS, Item
 from introvae.errors import DataError, first_line
 
+FOOTERS = 16
+"""Files whose row groups are asked for at once: at addresses each takes a while to answer."""
 HELD_BLOCKS = 64
 """Row groups that held-out rows are taken from, at least: a few must do, or all would have to be read for them."""
 MOST_CLASSES = 100_000
-"""Integers as labels that go higher, or more words than that, are of something else than classes and get no names."""
+"""Integers as labels that go higher, or more words than that, are of something else than classes, such as persons."""
 
 
 class ParquetShards:
@@ -47,14 +50,14 @@ class ParquetShards:
         ends: dict[str, int] = {}
         for split in sorted(files, key=lambda split: ORDER.index(part_of[split])):
             self.split_starts[split] = sum(counts)
-            for file in files[split]:
-                with _opened(file) as parquet:
-                    for group in range(parquet.metadata.num_row_groups):
-                        found = parquet.metadata.row_group(group)
-                        file_of.append(len(self.files))
-                        group_of.append(group)
-                        counts.append(found.num_rows)
-                        sizes.append(found.total_byte_size)
+            with ThreadPoolExecutor(FOOTERS) as pool:
+                footers = list(pool.map(_row_groups, files[split]))
+            for file, groups in zip(files[split], footers, strict=True):
+                for group, (count, size) in enumerate(groups):
+                    file_of.append(len(self.files))
+                    group_of.append(group)
+                    counts.append(count)
+                    sizes.append(size)
                 self.files.append(file)
             ends[part_of[split]] = sum(counts)
         self.file_of, self.group_of = np.array(file_of), np.array(group_of)
@@ -92,13 +95,18 @@ class ParquetShards:
     @cached_property
     def _labels(self) -> _Labels:
         """The label column: it alone is read, once, and kept as four bytes a row."""
+        import pyarrow as pa
+
         known: dict[Any, int] = {}
         codes = np.zeros(int(self.starts[-1]), np.int32)
         for index, file in enumerate(self.files):
             with _opened(file) as parquet:
                 for block in np.flatnonzero(self.file_of == index).tolist():
                     table = parquet.read_row_group(int(self.group_of[block]), columns=[self.rows.label])
-                    found = table.column(0).combine_chunks().dictionary_encode("encode")
+                    column = table.column(0).combine_chunks()
+                    if pa.types.is_dictionary(column.type):  # of a writer that keeps categories
+                        column = column.dictionary_decode()
+                    found = column.dictionary_encode("encode")
                     own = np.array([_code(value, known) for value in found.dictionary.to_pylist()], np.int32)
                     codes[self.starts[block] : self.starts[block + 1]] = own[found.indices]
         return _Labels(tuple(known), codes)
@@ -229,6 +237,13 @@ def _opened(file: str) -> Iterator[Any]:
             yield stack.enter_context(pq.ParquetFile(stream))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read as Parquet ({first_line(error)}): restore it or remove it") from error
+
+
+def _row_groups(file: str) -> list[tuple[int, int]]:
+    """Rows and bytes of each row group."""
+    with _opened(file) as parquet:
+        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def parquet_shards(source: ParquetSource) -> ParquetShards:

@@ -64,7 +64,7 @@ class Sets:
         spaces: as `spaces_of` gives them.
         asked: names of those that the user asked for.
         rows: of the held-out part, in random order, since a test part may be sorted.
-        unseen: those rows.
+        unseen: the first MANY of those rows.
         latents: of the samples, or the first MANY of them.
         condition: their classes, where the model takes one.
         labels: of the first training images.
@@ -125,34 +125,34 @@ def collect_sets(
     asked = [space if isinstance(space, FeatureSpace) else feature_space(space) for space in features]
     spaces = spaces_of(data, asked)
     part = Reference(data.train, TRAIN if reference is None else reference, generator)
-    rows = torch.randperm(len(data.heldout), generator=generator)[: max(MANY, samples or 0)]
-    unseen = data.heldout[rows]
+    held = Reference(data.heldout, max(MANY, samples or 0), generator)
+    unseen = held[:MANY]
     images = len(data.shape) == 3
     pixels = images and small(data)
-    wanted = _wanted(spaces, len(part), len(unseen), samples, pixels)
-    pairs = min(PAIRS, len(unseen) // 2) if images and diversity.ms_ssim_scales(min(data.shape[1:])) else 0
+    wanted = _wanted(spaces, len(part), len(held), samples, pixels)
+    pairs = min(PAIRS, len(held) // 2) if images and diversity.ms_ssim_scales(min(data.shape[1:])) else 0
     first, batch = min(COMPARED, len(unseen), samples or COMPARED), at_once(data.shape)
     # Further samples are only summed: their latents are drawn when they are decoded.
     drawn = max(max(want.images, want.kept) for want in wanted.samples)
-    held = min(drawn, max(MANY, SAMPLES * REPEATS))
-    latents = torch.randn(held, model.latent_dim, generator=generator)
-    condition = model.draw_condition(held, generator)
+    ready = min(drawn, max(MANY, SAMPLES * REPEATS))
+    latents = torch.randn(ready, model.latent_dim, generator=generator)
+    condition = model.draw_condition(ready, generator)
     read = decoded(model, latents, condition)
     early = collect(read, wanted.samples, first, batch=batch, pairs=pairs)
     fakes = Collected()
     fakes.merge(early)
-    fakes.merge(collect(read, wanted.samples, held, start=first, batch=batch, pairs=pairs))
-    fakes.merge(collect(further(model, generator), wanted.samples, drawn, start=held, batch=batch))
+    fakes.merge(collect(read, wanted.samples, ready, start=first, batch=batch, pairs=pairs))
+    fakes.merge(collect(further(model, generator), wanted.samples, drawn, start=ready, batch=batch))
     return Sets(
         spaces,
         frozenset(space.name for space in asked),
-        rows,
+        held.rows,
         unseen,
         latents,
         condition,
         part[:REFERENCE].labels if pixels else None,
         train=collect(stored(model, part), wanted.train, len(part), batch=batch),
-        heldout=collect(stored(model, unseen), wanted.heldout, len(unseen), batch=batch, pairs=pairs),
+        heldout=collect(stored(model, held), wanted.heldout, len(held), batch=batch, pairs=pairs),
         samples=fakes,
         early=early,
         compared=first,
@@ -292,7 +292,7 @@ def _agrees(heldout: Found, labels: Tensor | None) -> bool | None:
     """Whether a classifier's classes are the data's; None where no label tells."""
     if labels is None:
         return None
-    classes = torch.cat(heldout.classes)
+    classes = torch.cat(heldout.classes)[: len(labels)]
     labels = labels[: len(classes)]
     known = labels >= 0  # -1: not labelled
     return bool((classes[known] == labels[known]).double().mean() >= AGREES) if known.any() else None

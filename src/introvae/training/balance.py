@@ -130,7 +130,7 @@ class Gap:
     def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
         self._averages = Averages(("kl", "gap"), device)
         self._exponent = torch.tensor(START, device=device)
-        self._home = HOME
+        self._factor = 1.0
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
@@ -146,7 +146,7 @@ class Gap:
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
         outside = relative - relative.clamp(*BAND)
-        back = RETURN * (self._home / self._exponent).log()
+        back = RETURN * (min(max(HOME * self._factor, LEAST), MOST) / self._exponent).log()
         change = torch.where(outside == 0, back, (GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE))
         change = torch.where((kl_fake - kl_real).isfinite(), change, 0.0)
         self._exponent.mul_(change.exp()).clamp_(LEAST, MOST)
@@ -154,18 +154,18 @@ class Gap:
 
     def multiply(self, factor: float) -> None:
         self._exponent.mul_(factor).clamp_(LEAST, MOST)
-        self._home = min(max(self._home * factor, LEAST), MOST)
+        self._factor *= factor
 
     def _follow(self, value: Tensor) -> None:
         value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone(), "home": self._home}
+        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone(), "factor": self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._exponent.copy_(state["exponent"])
-        self._home = state.get("home", HOME)
+        self._factor = state["factor"]
 
 
 class Margin:

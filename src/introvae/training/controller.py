@@ -13,6 +13,13 @@ from introvae.parallel import Alone
 from introvae.training.balance import EVERY, LED, RAMP, rules_for
 
 
+def _between(first: float, last: float, share: float) -> float:
+    """The number that share of the way from one to another, in equal ratios; in equal steps where one is 0."""
+    if first <= 0 or last <= 0:
+        return first + share * (last - first)
+    return first ** (1 - share) * last**share
+
+
 class Controller:
     """Owns the 0-d tensors that an objective's losses read as `values`.
 
@@ -68,8 +75,7 @@ class Controller:
             if name in self._rules:
                 continue
             if name in self._ramp_from and progress < RAMP:
-                share = progress / RAMP
-                value = self._ramp_from[name] ** (1 - share) * value**share
+                value = _between(self._ramp_from[name], value, progress / RAMP)
             value *= self._factors.get(name, 1.0)
             if value != self._last[name]:
                 self.values[name].fill_(value)

@@ -96,7 +96,7 @@ def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:
         settings = {name: value for name, value in settings.items() if name != "objective"}  # a name keeps its settings
     if "steps" in settings or "epochs" in settings:
         base = dataclasses.replace(base, steps=None, epochs=None)
-    if "network" in settings:
+    if settings.get("network", base.network) != base.network:
         base = dataclasses.replace(base, network_options={})
     return dataclasses.replace(base, **settings)
 

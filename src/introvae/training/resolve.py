@@ -8,15 +8,13 @@ from typing import Any
 
 from introvae.classes import Classes
 from introvae.data import ArrayData, Data, Part, load_data
+from introvae.data.row_groups import MOST_CLASSES
 from introvae.data.stream import StreamData, StreamedPart
 from introvae.errors import ConfigError, DataError
 from introvae.networks import network_for
 from introvae.parallel import Alone
 from introvae.training.config import DEFAULT_STEPS, FitConfig
 from introvae.training.growing import Schedule
-
-MOST_CLASSES = 100_000
-"""Labels that go higher are numbers of something else, such as persons' or files'."""
 
 
 def preparation_of(data: Data) -> dict[str, Any]:
