@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -32,7 +33,7 @@ import yaml
 from PIL import Image
 
 from commands import Command, Refused, call, one_line
-from introvae import ConfigError, Run, evaluation, fit, measures
+from introvae import VAE, ConfigError, FitConfig, Run, SoftIntroVAE, evaluation, fit, measures
 from introvae.cli import main
 from introvae.comparison import compare as comparison
 from introvae.comparison import execute
@@ -40,7 +41,7 @@ from introvae.comparison.compare import compare
 from introvae.comparison.execute import FAILURE, Job, estimate, jobs, run_all, within
 from introvae.comparison.figures import moments
 from introvae.comparison.plan import Cell, Comparison, from_file, from_words
-from introvae.comparison.summary import collect, labels_of, to_markdown, to_text
+from introvae.comparison.summary import collect, labels_of, run_result, to_markdown, to_text
 from introvae.errors import InterruptedRunError
 from introvae.training import loop
 from introvae.training.checkpoint import list_checkpoints
@@ -418,9 +419,12 @@ def test_means_and_spreads_are_those_of_the_runs_reports(compared: Compared) -> 
     for cell in compared.cells:
         reports = [run.report() for run in compared.runs_of(cell)]
         assert (cell["done"], cell["failed"], cell["not_run"], cell["cost_seconds"]) == (2, 0, 0, 0)
-        assert cell["metrics"].keys() == reports[0]["metrics"].keys()
+        own = {"gap_training_mode"} | ({"adversary_awake"} if cell["label"] != "VAE" else set())
+        assert cell["metrics"].keys() == reports[0]["metrics"].keys() | own
         assert len(cell["metrics"]) >= 5
         for name, spread in cell["metrics"].items():
+            if name in own:
+                continue
             values = np.array([report["metrics"][name]["value"] for report in reports], np.float64)
             assert spread["mean"] == pytest.approx(values.mean(), rel=1e-12)
             assert spread["std"] == pytest.approx(values.std(ddof=1), rel=1e-9, abs=1e-15)
@@ -435,6 +439,28 @@ def test_means_and_spreads_are_those_of_the_runs_reports(compared: Compared) -> 
             assert run["status"] == "done"
             assert run["last"]["rec"] == folder.log()[-1]["rec"]
             assert ("guard" in run) == bool(folder.events("guard"))
+
+
+def test_how_long_the_adversary_was_awake_and_how_far_training_mode_differs(tmp_path: Path) -> None:
+    kls = [(9.0, 1.0, 1.0)] * 5 + [(2.0, 1.9, 2.1), (2.0, 3.0, 3.0), (2.0, 1.0, 2.0), (2.0, 2.1, 2.1), (2.0, 0.0, 5.0)]
+    names = ("kl_real", "kl_reconstruction", "kl_sample")
+    rows = [
+        {"step": step, "phase": "train", **dict(zip(names, values, strict=True))} for step, values in enumerate(kls, 1)
+    ]
+    run = Run(tmp_path)
+    run.log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    variants = {
+        "training mode": {"psnr_db": {"gap": -0.3}, "mse": {"gap": 0.1}, "modes": {"value": 1.0}},
+        "raw weights": {"psnr_db": {"gap": 9.0}},
+    }
+    report: dict[str, Any] = {"training_seconds": 1.0, "machine": {}, "metrics": {}, "variants": variants}
+    run.report_path.write_text(json.dumps(report))
+    config = FitConfig(data="digits", objective=SoftIntroVAE())
+    metrics = run_result(run, config, 0)["metrics"]
+    assert metrics == {"adversary_awake": 0.8, "gap_training_mode": 0.3}  # a hair above or equal is awake
+    report["variants"] = {"training mode": "not finite"}
+    run.report_path.write_text(json.dumps(report))
+    assert run_result(run, dataclasses.replace(config, objective=VAE()), 0)["metrics"] == {}
 
 
 def test_a_mode_is_lost_where_fewer_are_found_than_there_are(compared: Compared) -> None:

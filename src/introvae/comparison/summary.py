@@ -23,6 +23,7 @@ PLANE = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma
 OTHERS = (
     *("psnr_db", "mse", "frechet_mnist", "frechet_cifar10", "frechet_randconv", "frechet_thumb", "frechet_values"),
     *("recall_mnist", "recall_cifar10", "recall_pixels", "confident_share_mnist", "confident_share"),
+    *("adversary_awake", "gap_training_mode"),
 )
 TITLES = {
     "kl_soft_introvae": "KL",
@@ -41,12 +42,19 @@ TITLES = {
     "recall_pixels": "recall (pixels)",
     "confident_share_mnist": "sure (mnist)",
     "confident_share": "sure (pixels)",
+    "adversary_awake": "KL(fake) ≥ KL(real)",
+    "gap_training_mode": "training mode differs by",
 }
 """Columns of the tables; all other metrics are in the JSON."""
 
 
 def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
-    """What is kept of one finished run: seed, seconds, metrics, what the guard did."""
+    """What is kept of one finished run: seed, seconds, metrics, what the guard did.
+
+    Two metrics are not in its report: `adversary_awake`, the share of the log's lines of the last half of the steps in
+    which the mean KL of both fakes is at least that of real data; and `gap_training_mode`, how far the metric that
+    differs most between training mode and evaluation mode does, as a share of its value.
+    """
     report = run.report()
     guard = run.events("guard")
     found: dict[str, Any] = {
@@ -63,6 +71,11 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         "protocols": {name: entry["protocol"] for name, entry in report["metrics"].items()},
     }
     rows = run.log()
+    if (awake := _awake(rows)) is not None and config.objective.adversarial:
+        found["metrics"]["adversary_awake"] = awake
+    gaps = [abs(entry["gap"]) for entry in _training_mode(report).values() if "gap" in entry]
+    if gaps:
+        found["metrics"]["gap_training_mode"] = max(gaps)
     if rows:
         names = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg", "margin")
         names += ("wasserstein", "gradient_penalty", "divergence_real", "divergence_sample")
@@ -74,6 +87,20 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         modes = get_density(config.data.removeprefix("density:")).modes
         found["lost_modes"] = modes is not None and found["metrics"]["modes"] < len(modes)
     return found
+
+
+def _awake(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    late = [row for row in rows if 2 * row["step"] > rows[-1]["step"] and row["phase"] == "train"]
+    fakes = [row for row in late if {"kl_real", "kl_reconstruction", "kl_sample"} <= row.keys()]
+    if not fakes:
+        return None
+    return statistics.fmean((row["kl_reconstruction"] + row["kl_sample"]) / 2 >= row["kl_real"] for row in fakes)
+
+
+def _training_mode(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the report says of the model in training mode; nothing where it has only a reason why not."""
+    found = report.get("variants", {}).get("training mode", {})
+    return found if isinstance(found, Mapping) else {}
 
 
 def settings_of(config: FitConfig, data: str) -> dict[str, Any]:
