@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ assert _spec.loader is not None
 eq = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(eq)
 
+DOCS = (SCRIPT.parents[1] / "docs" / "equilibrium.md").read_text()
 NOTHING = 1e-3  # nats: what a player may gain alone at an equilibrium; the gains found are below 1e-9
 SHAPES = [(5, 1), (5, 3), (6, 6), (7, 20)]  # points, latents: one latent, fewer, as many and more
 
@@ -61,6 +63,40 @@ def test_it_is_sharper_than_the_data_and_jumps_to_one_point_when_gamma_is_large(
     even = np.full(6, 1 / 6)
     np.testing.assert_allclose(eq.sharpened(even, 0.82), even, atol=1e-9)
     assert eq.sharpened(even, 0.83).max() > 0.49
+
+
+def largest(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Up to where a condition holds that holds at `low` and not at `high`."""
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(
+    ("gamma", "mode"), [(0.1, 0.315), (0.3, 0.358), (0.5, 0.439), (0.7, 0.598), (0.8, 0.671), (1.0, 0.765)]
+)
+def test_the_mode_s_mass_is_the_one_in_the_docs(gamma: float, mode: float) -> None:
+    assert eq.sharpened(eq.P_DATA, gamma).max() == pytest.approx(mode, abs=5e-4)
+    assert f"{mode:.3f}"[1:] in DOCS
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.5, 0.51), (1.0, 0.64), (2.0, 0.79), (4.0, 1.06)])
+def test_the_condition_holds_up_to_the_gamma_in_the_docs(alpha: float, gamma: float) -> None:
+    found = largest(lambda g: eq.condition(eq.sharpened(eq.P_DATA, g), eq.P_DATA, alpha), 0.0, 2.0)
+    assert gamma <= found < gamma + 0.01  # two digits, cut
+
+
+@pytest.mark.parametrize(("points", "gamma"), [(3, 0.96), (6, 0.82), (10, 0.72), (100, 0.39)])
+def test_even_data_jump_at_the_gamma_in_the_docs(points: int, gamma: float) -> None:
+    even = np.full(points, 1 / points)
+    found = largest(lambda g: eq.sharpened(even, g).max() < 1.01 / points, 0.1, 1.5)
+    assert found == pytest.approx(gamma, abs=0.011)
+    assert 0.38 < eq.sharpened(even, found + 0.01).max() < 0.55
+
+
+def test_the_data_as_a_code_are_proved_up_to_the_gamma_in_the_docs() -> None:
+    assert 1.47 <= largest(lambda g: eq.code_is_answer(eq.P_DATA, eq.P_DATA, g), 0.1, 3.0) < 1.48
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -102,6 +102,16 @@ def test_a_kl_that_grows_past_ten_times_the_usual_asks_for_a_higher_beta_neg(nam
     assert "raised" in alarm.change
 
 
+@pytest.mark.parametrize(("times", "steps"), [(50, 20), (20, 40)])
+def test_an_explosion_is_recognised_within_the_steps_that_the_docs_state(times: int, steps: int) -> None:
+    eye = watch()
+    assert eye.judge(0, {"rec": 1.0, "kl_real": 2.0}, SOFT) is None  # the warm-up's KL is what is usual
+    same = {**HEALTHY, "kl_real": 2.0, "kl_reconstruction": 2.0, "kl_sample": 2.0}
+    found = first_alarm(eye, lambda step: {**same, "kl_sample": 2.0 * times} if step >= 100 else same, SOFT, start=10)
+    assert found is not None
+    assert steps - 20 < found[0] + 10 - 100 <= steps  # a look is judged at the next one
+
+
 def test_an_explosion_raises_a_small_beta_neg_to_the_balance() -> None:
     found = first_alarm(watch(), since(100, kl_sample=60.0), {**SOFT, "beta_neg": 0.1})
     assert found is not None

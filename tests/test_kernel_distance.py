@@ -37,6 +37,16 @@ def integral(f, *batches: DiagonalGaussian) -> float:
     return quad(f, means[0] - 12, means[-1] + 12, points=means, epsabs=1e-14, epsrel=1e-11, limit=2000)[0]
 
 
+def test_variances_below_a_ten_thousandth_count_as_that() -> None:
+    mean = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = [
+        as_distance(*(DiagonalGaussian(m, torch.full_like(m, logvar)) for m in mean), kernel="marginal").item()
+        for logvar in (-20.0, -12.0, math.log(1e-4), -9.0)
+    ]
+    assert found[0] == found[1] == pytest.approx(found[2], rel=1e-12)
+    assert found[3] != pytest.approx(found[2], rel=1e-3)
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.7, 6.0])
 @pytest.mark.parametrize("logvars", [(-1.0, 0.0), TYPICAL, SHARP])
 def test_distance_in_one_dimension_is_an_integral(logvars: tuple[float, float], shift: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -42,6 +43,26 @@ def test_every_introvae_command_runs_in_the_order_of_the_readme(folder: Path) ->
         run([*words, "--steps", "6", *(["--quiet"] if fresh else [])] if fresh or several else words, folder)
     for made in ("runs/mine/report.html", "samples.png", "pairs.png", "way.png", "more-wine.csv"):
         assert (folder / made).stat().st_size > 500, made
+
+
+def test_the_table_of_8_gaussians_is_that_of_the_results() -> None:
+    result = json.loads((ROOT / "benchmarks/results/table-2d/comparison.json").read_text())
+    cells = {cell["label"]: cell for cell in result["sections"][0]["cells"]}
+    names = {"`": "", " auto": " auto", ", beta_neg: auto": ", beta_neg auto", ", margin: auto": ", margin auto"}
+    table = README[README.index("| objective | seeds | KL") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(cells)
+    for line in table:
+        label, seeds, kl, jsd, modes, near, changed = (part.strip() for part in line.strip("|").split("|"))
+        for old, new in names.items():
+            label = label.replace(old, new)
+        cell = cells[re.sub(r"(Intro|AS|Soft)(?=Intro|VAE)", lambda m: m.group() + "-" * (m.group() != "Intro"), label)]
+        metrics = cell["metrics"]
+        for said, name in ((kl, "kl_soft_introvae"), (jsd, "jsd_soft_introvae")):
+            assert said == f"{metrics[name]['mean']:.1f} ± {metrics[name]['std']:.1f}", label
+        assert int(seeds) == cell["done"] == len(cell["runs"])
+        assert modes == f"{cell['done'] - cell['lost_modes']} of {cell['done']}"
+        assert near == f"{100 * metrics['share_within_3_sigma']['mean']:.1f} %"
+        assert int(changed) == cell["changed"]
 
 
 def test_make_s_targets_are_there() -> None:

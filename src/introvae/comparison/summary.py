@@ -80,6 +80,10 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         names = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "beta_neg", "margin")
         names += ("wasserstein", "gradient_penalty", "divergence_real", "divergence_sample")
         found["last"] = {name: rows[-1][name] for name in names if name in rows[-1]}
+    noted = [row for row in rows if "gradient_adversarial" in row]
+    if noted:  # at most some 20 moments
+        kept = ("step", "gradient_adversarial", "gradient_reconstruction")
+        found["gradients"] = [{name: row[name] for name in kept} for row in noted[:: max(1, len(noted) // 20)]]
     if guard:
         kept = ("step", "cause", "change", "attempt")
         found["guard"] = [{key: event[key] for key in kept if key in event} for event in guard]
@@ -275,7 +279,10 @@ def to_text(result: Mapping[str, Any]) -> str:
 
 def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     """The tables, failures and pictures as Markdown."""
-    machine = ", ".join(str(value) for value in list(result["machine"].values())[:3])
+    machine = ", ".join(str(value) for value in list(result["machine"].values())[:2]).partition(", torch uses")[0]
+    threads = {run.get("threads") for s in result["sections"] for cell in s["cells"] for run in cell["runs"]} - {None}
+    if threads:
+        machine += f", {' or '.join(map(str, sorted(threads)))} threads a run"
     lines = [f"# {result['title']}", "", f"{result['date']}; {machine}. Mean ± standard deviation over seeds.", ""]
     for title, note, rows in tables(result):
         lines += [f"## {title}", ""]
@@ -286,7 +293,9 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in body]
         lines.append("")
     lines += [
-        '"failed": runs that ended without a model; "guard": runs in which the guard changed a setting.',
+        'Metrics are those of "introvae evaluate" (docs/metrics.md). "floor": what real data, or a perfect sampler, '
+        'score; "failed": runs that ended without a model; "lost modes": runs that found fewer than there are; '
+        '"guard": runs in which the guard changed a setting; "seconds": of training, often beside another run.',
         "",
     ]
     failed = [
