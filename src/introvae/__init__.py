@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from introvae.augment import Augmentation
     from introvae.baselines import WGANGP, WGANGPStep
+    from introvae.classes import Classes
     from introvae.comparison.compare import compare
     from introvae.data import ArrayData, DataOptions, DensityData, from_array, load_data
     from introvae.errors import (
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     )
     from introvae.evaluation import evaluate
     from introvae.gaussian import DiagonalGaussian
+    from introvae.metrics.features import FeatureSpace
     from introvae.model import IntrospectiveVAE
     from introvae.networks import list_networks, register_network
     from introvae.objectives import AGE, VAE, ASIntroVAE, IntroVAE, Objective, SoftIntroVAE, Warmup
@@ -41,13 +44,16 @@ __all__ = [
     "WGANGP",
     "ASIntroVAE",
     "ArrayData",
+    "Augmentation",
     "CheckpointError",
+    "Classes",
     "ConfigError",
     "DataError",
     "DataOptions",
     "DensityData",
     "DiagonalGaussian",
     "DivergedError",
+    "FeatureSpace",
     "FitConfig",
     "InterruptedRunError",
     "IntroVAE",
@@ -73,7 +79,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "introvae.augment": ("Augmentation",),
     "introvae.baselines": ("WGANGP", "WGANGPStep"),
+    "introvae.classes": ("Classes",),
     "introvae.comparison.compare": ("compare",),
     "introvae.data": ("ArrayData", "DataOptions", "DensityData", "from_array", "load_data"),
     "introvae.errors": (
@@ -88,6 +96,7 @@ _HOMES = {
     ),
     "introvae.evaluation": ("evaluate",),
     "introvae.gaussian": ("DiagonalGaussian",),
+    "introvae.metrics.features": ("FeatureSpace",),
     "introvae.model": ("IntrospectiveVAE",),
     "introvae.networks": ("list_networks", "register_network"),
     "introvae.objectives": ("AGE", "VAE", "ASIntroVAE", "IntroVAE", "Objective", "SoftIntroVAE", "Warmup"),
