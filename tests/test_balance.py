@@ -24,6 +24,7 @@ from introvae import (
     VAE,
     ASIntroVAE,
     ConfigError,
+    DiagonalGaussian,
     FitConfig,
     IntrospectiveStep,
     IntrospectiveVAE,
@@ -36,6 +37,7 @@ from introvae import (
     fit,
 )
 from introvae.comparison.plan import from_file
+from introvae.objectives import Judged
 from introvae.training.balance import Averages, Gap, Margin, balancing_beta_neg, ramp_from, rules_for
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.config import config_from_words, load_config, parse_config
@@ -417,12 +419,13 @@ def test_the_other_betas_come_from_the_warm_up_s_to_their_own_in_equal_ratios(st
     [
         (SoftIntroVAE(beta_neg=0.9), Warmup(10)),
         (SoftIntroVAE(beta_neg="auto"), Warmup(0)),
-        (IntroVAE(margin="auto"), Warmup(50)),
+        (IntroVAE(margin="auto"), Warmup(50, beta_kl=0.0)),
+        (IntroVAE(margin=3.0), Warmup(50)),
         (VAE(), Warmup(10)),
     ],
-    ids=["fixed", "no-warm-up", "margin", "VAE"],
+    ids=["fixed", "no-warm-up", "no-KL", "fixed-margin", "VAE"],
 )
-def test_without_a_beta_neg_to_find_there_is_no_ramp(objective: Objective, warmup: Warmup) -> None:
+def test_without_a_setting_to_find_there_is_no_ramp(objective: Objective, warmup: Warmup) -> None:
     assert ramp_from(objective, warmup) == {}
 
 
@@ -532,7 +535,7 @@ def test_margin_auto_is_a_fifth_above_the_logged_warm_up_s_kl(tmp_path: Path) ->
     assert [row["margin"] for row in log[30:]] == pytest.approx([expected] * 15)
     # The loss is that of this margin: L_E >= KL(x) + beta AE, and at most 2 alpha margin above it.
     for row in log[30:]:
-        above = row["loss_encoder"] - row["kl_real"] - 0.1 * 0.5 * row["rec"]
+        above = row["loss_encoder"] - row["kl_real"] - row["beta"] * 0.5 * row["rec"]
         assert 0 <= above <= 2 * 0.25 * expected + 1e-5
 
 
@@ -590,6 +593,20 @@ def test_rows_whose_gradients_are_compared_begin_at_the_same_weights(section: st
         found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert len(found) == 4
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_introvae_s_beta_comes_from_what_the_warm_up_has() -> None:
+    """KL + beta rec / 2 with that beta is the warm-up's loss but for a factor."""
+    objective, warmup = IntroVAE(beta=0.375, margin="auto"), Warmup(30, beta_rec=16.0, beta_kl=0.5)
+    ramp = ramp_from(objective, warmup)
+    real = Judged(*(torch.randn(4, 2) for _ in range(2)), DiagonalGaussian(*torch.randn(2, 4, 2)), torch.rand(4))
+    with_beta = real.kl.mean() + ramp["beta"] * real.rec.mean() / 2
+    assert with_beta.item() * 0.5 == pytest.approx(warmup.loss(real, 1.0).item(), rel=1e-6)
+    controller = Controller(objective, 30, 1030, "cpu", 2, ramp_from=ramp)
+    found = [controller.update(step)["beta"].item() for step in range(140)]
+    assert found[:31] == pytest.approx([64.0] * 31)
+    assert found[80] == pytest.approx(math.sqrt(64.0 * 0.375), rel=1e-5)
+    assert found[130:] == pytest.approx([0.375] * 10)
 
 
 def test_a_run_with_beta_neg_auto_tells_of_its_ramp_and_resumes_within_it(tmp_path: Path) -> None:

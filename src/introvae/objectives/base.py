@@ -144,6 +144,10 @@ class Objective:
                 raise ConfigError(f"{name} 'auto' is found by the training loop: give a number, or train with fit")
         return {name: float(getattr(self, name)) for name in self.tunable}
 
+    def as_in_warmup(self, warmup: Warmup) -> dict[str, float]:
+        """The settings that weigh error and KL of real data as the warm-up does."""
+        return {name: getattr(warmup, name) for name in ("beta_rec", "beta_kl") if name in self.tunable}
+
     def at(self, progress: float) -> Objective:
         """The objective to use after the share `progress`: itself, or a cheaper one with equal gradients."""
         return self

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from introvae.errors import not_negative, one_of, positive
-from introvae.objectives.base import AUTO, Judged, Objective, Values
+from introvae.objectives.base import AUTO, Judged, Objective, Values, Warmup
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class IntroVAE(Objective):
 
     def started(self, pixels: int) -> IntroVAE:
         return replace(self, margin=type(self).margin) if self.margin == AUTO else self
+
+    def as_in_warmup(self, warmup: Warmup) -> dict[str, float]:
+        # The KL's weight is 1, and beta weighs half the squared error.
+        return {"beta": 2 * warmup.beta_rec / warmup.beta_kl} if warmup.beta_kl > 0 else {}
 
     def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         loss = real.kl.mean() + values["beta"] * 0.5 * real.rec.mean()

@@ -30,8 +30,8 @@ LEAST, MOST = 1.0, 10.0
 """Bounds of the exponent. The encoder's push on a fake with the KL of real data, s beta_neg exp(-exponent), is largest
 at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
 RAMP = 0.1
-"""Share of the adversarial steps over which, where beta_neg is "auto", the other betas come from the warm-up's to their
-own. Without it, KL(real) and the game change at once, and one run of five lost a mode in the first 300 steps.
+"""Share of the adversarial steps over which, where a setting is "auto", the weights of error and KL come from the
+warm-up's to their own. Without it KL(real) and the game change at once, and some runs lost modes within 300 steps.
 """
 MARGIN_OVER_KL = 1.2
 """IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
@@ -202,17 +202,15 @@ class Margin:
 
 
 def ramp_from(objective: Objective, warmup: Warmup) -> dict[str, float]:
-    """The values from which settings come to the objective's own over the first `RAMP` of the adversarial steps: the
-    warm-up's betas, where a rule has to follow what they do to KL(real).
+    """The values from which settings come to the objective's own over the first `RAMP` of the adversarial steps: those
+    that weigh error and KL as the warm-up does, where a rule rests on its KL(real).
 
     Example:
         >>> from introvae import SoftIntroVAE, Warmup
         >>> ramp_from(SoftIntroVAE(beta_neg="auto"), Warmup(100, beta_rec=0.8, beta_kl=0.05))
         {'beta_rec': 0.8, 'beta_kl': 0.05}
     """
-    if not warmup.steps or "beta_neg" not in objective.automatic:
-        return {}
-    return {"beta_rec": warmup.beta_rec, "beta_kl": warmup.beta_kl}
+    return objective.as_in_warmup(warmup) if warmup.steps and objective.automatic else {}
 
 
 def rules_for(objective: Objective, scale: float, warmup_steps: int, device: torch.device | str) -> dict[str, Rule]:
