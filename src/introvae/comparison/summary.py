@@ -282,7 +282,7 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     machine = ", ".join(str(value) for value in list(result["machine"].values())[:2]).partition(", torch uses")[0]
     threads = {run.get("threads") for s in result["sections"] for cell in s["cells"] for run in cell["runs"]} - {None}
     if threads:
-        machine += f", {' or '.join(map(str, sorted(threads)))} threads a run"
+        machine += f", {' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})} a run"
     lines = [f"# {result['title']}", "", f"{result['date']}; {machine}. Mean ± standard deviation over seeds.", ""]
     for title, note, rows in tables(result):
         lines += [f"## {title}", ""]
