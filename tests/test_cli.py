@@ -182,6 +182,7 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
             "run",
             "data",
             "objective",
+            "evaluation",
             "seed",
             "steps",
             "training_seconds",

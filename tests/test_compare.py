@@ -39,7 +39,7 @@ from introvae.comparison import compare as comparison
 from introvae.comparison import execute
 from introvae.comparison.compare import compare
 from introvae.comparison.execute import FAILURE, Job, estimate, jobs, run_all, within
-from introvae.comparison.figures import moments
+from introvae.comparison.figures import moments, stability
 from introvae.comparison.plan import Cell, Comparison, from_file, from_words
 from introvae.comparison.summary import collect, labels_of, run_result, to_markdown, to_text
 from introvae.errors import InterruptedRunError
@@ -523,6 +523,23 @@ def test_the_pictures_show_something(compared: Compared) -> None:
         assert min(pixels.shape[:2]) > 150
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
         assert (pixels != 255).any(axis=2).mean() > 0.01
+
+
+def test_more_rows_than_fit_beside_one_another_go_on_below() -> None:
+    logs = {
+        f"row {n}": [[{"step": s, "phase": "train", "rec": n + s, "kl_real": n + 0.5 * s} for s in range(1, 9)]]
+        for n in range(19)
+    }
+    figure = stability(logs)
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert len(shown) == 2 * 19
+    assert len(figure.axes) == 2 * 3 * 8
+    for n in range(19):
+        above, below = figure.axes[16 * (n // 8) + n % 8], figure.axes[16 * (n // 8) + 8 + n % 8]
+        assert above.get_title() == f"row {n}"
+        assert above.lines[0].get_ydata()[0] == n + 0.5
+        assert below.lines[0].get_ydata()[0] == n + 1
+    assert len({axis.get_ylim() for axis in shown}) == 2  # the same scale in all
 
 
 def test_runs_on_images_are_shown_at_three_moments(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS, GRID, IMAGES = 2000, 100, 36
+WIDE = 8
+"""Panels beside one another at most; the rest goes below."""
 DRAWN = 100
 """About so many points a curve are drawn: there are many curves, and the files are shared."""
 MOMENTS, WIDTH_OF_MOMENT = (0.2, 0.4, 1.0), 3.2
@@ -39,11 +41,9 @@ def samples(models: Mapping[str, IntrospectiveVAE], data: str, critics: Collecti
         data: as `--data` takes it.
         critics: labels of models whose encoder infers no latents and estimates no density.
     """
-    plane = data.startswith("density:")
-    figure = _figure(len(models) + plane, 2 if plane else 1, 2.0, 2.05)
-    axes = figure.axes
-    if plane:
-        return _plane_samples(figure, models, data, critics)
+    if data.startswith("density:"):
+        return _plane_samples(models, data, critics)
+    figure, (axes,) = _panels(len(models), 1, 2.0, 2.05)
     for axis, (label, model) in zip(axes, models.items(), strict=True):
         drawn = model.sample(IMAGES, torch.Generator().manual_seed(0))
         if drawn.dim() == 4:
@@ -56,24 +56,22 @@ def samples(models: Mapping[str, IntrospectiveVAE], data: str, critics: Collecti
     return figure
 
 
-def _plane_samples(
-    figure: Figure, models: Mapping[str, IntrospectiveVAE], data: str, critics: Collection[str]
-) -> Figure:
-    axes, width = figure.axes, len(models) + 1
+def _plane_samples(models: Mapping[str, IntrospectiveVAE], data: str, critics: Collection[str]) -> Figure:
+    figure, (above, below) = _panels(len(models) + 1, 2, 2.0, 2.05)
     density = get_density(data.removeprefix("density:"))
     real = density.sample(POINTS, torch.Generator().manual_seed(0))
     grid = grid_points(density.extent, GRID)
-    _scatter(axes[0], real, density.extent, "data")
-    axes[width].set_axis_off()
+    _scatter(above[0], real, density.extent, "data")
+    below[0].set_axis_off()
     if density.log_prob is not None:
-        axes[width].set_axis_on()
-        _map(axes[width], density.log_prob(grid.double()).exp().view(GRID, GRID), density.extent)
+        below[0].set_axis_on()
+        _map(below[0], density.log_prob(grid.double()).exp().view(GRID, GRID), density.extent)
     for column, (label, model) in enumerate(models.items(), start=1):
-        _scatter(axes[column], model.sample(POINTS, torch.Generator().manual_seed(0)).cpu(), density.extent, label)
+        _scatter(above[column], model.sample(POINTS, torch.Generator().manual_seed(0)).cpu(), density.extent, label)
         if label in critics:
-            axes[width + column].set_axis_off()
+            below[column].set_axis_off()
         else:
-            _map(axes[width + column], density_estimate(negative_elbo(model, grid).view(GRID, GRID)), density.extent)
+            _map(below[column], density_estimate(negative_elbo(model, grid).view(GRID, GRID)), density.extent)
     return figure
 
 
@@ -83,10 +81,8 @@ def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
     Arguments:
         logs: of the runs, by label.
     """
-    figure = _figure(len(logs), 2, 2.3, 1.9, sharey="row")
-    axes = figure.axes
-    for column, (label, runs) in enumerate(logs.items()):
-        above, below = axes[column], axes[len(logs) + column]
+    figure, (upper, lower) = _panels(len(logs), 2, 2.3, 1.9)
+    for above, below, (label, runs) in zip(upper, lower, logs.items(), strict=True):
         for index, every in enumerate(runs):
             rows = every[:: max(1, len(every) // DRAWN)]
             for name, colour, title in KLS:
@@ -106,14 +102,16 @@ def stability(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure:
         below.set_xlabel("step", fontsize=7)
     kls = [row[name] for runs in logs.values() for rows in runs for row in rows for name, _, _ in KLS if name in row]
     recs = [row["rec"] for runs in logs.values() for rows in runs for row in rows[1:] if "rec" in row]
+    for axes, values, title in ((upper, kls, "KL, nats"), (lower, recs, "squared error")):
+        for column, axis in enumerate(axes):
+            if values:
+                axis.set_ylim(0, 1.3 * float(np.quantile(values, 0.99)))
+            if column % WIDE:
+                axis.tick_params(labelleft=False)
+            else:
+                axis.set_ylabel(title, fontsize=7)
     if kls:
-        axes[0].set_ylim(0, 1.3 * float(np.quantile(kls, 0.99)))
-    if recs:
-        axes[len(logs)].set_ylim(0, 1.3 * float(np.quantile(recs, 0.99)))
-    axes[0].set_ylabel("KL, nats", fontsize=7)
-    axes[len(logs)].set_ylabel("squared error", fontsize=7)
-    if kls:
-        next(axis for axis in axes if axis.lines).legend(fontsize=6, frameon=False)
+        next(axis for axis in upper if axis.lines).legend(fontsize=6, frameon=False)
     return figure
 
 
@@ -175,11 +173,24 @@ def _picture(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _figure(columns: int, rows: int, width: float, height: float, sharey: Any = False) -> Figure:
+def _panels(count: int, high: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """So many panels, each of `high` axes below one another: the first axes of all, then the second of all. More than
+    `WIDE` panels go on below.
+    """
+    columns = min(count, WIDE)
+    bands = -(-count // columns)
+    figure = _figure(columns, high * bands, width, height)
+    grid = np.array(figure.axes).reshape(bands, high, columns).swapaxes(0, 1).reshape(high, -1)
+    for axis in grid[:, count:].flat:
+        axis.set_axis_off()
+    return figure, [list(axes[:count]) for axes in grid]
+
+
+def _figure(columns: int, rows: int, width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    for axis in np.atleast_1d(figure.subplots(rows, columns, sharey=sharey)).flat:  # pyright: ignore
+    for axis in np.atleast_1d(figure.subplots(rows, columns)).flat:  # pyright: ignore
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=6)
     return figure
