@@ -93,5 +93,15 @@ def known_option(option: str) -> bool:
     from introvae.training.config import config_parser
 
     names = {name for action in config_parser()._actions for name in action.option_strings}
-    own = {"--help", "--dry-run", "--resume", "--recipe", "--clear-cache", "--hours", "--known", "--workers", "--features"}
+    own = {
+        "--help",
+        "--dry-run",
+        "--resume",
+        "--recipe",
+        "--clear-cache",
+        "--hours",
+        "--known",
+        "--workers",
+        "--features",
+    }
     return option.replace("-", "_").replace("__", "--", 1) in names or option in own
