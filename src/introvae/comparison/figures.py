@@ -62,9 +62,9 @@ def _plane_samples(models: Mapping[str, IntrospectiveVAE], data: str, critics: C
     real = density.sample(POINTS, torch.Generator().manual_seed(0))
     grid = grid_points(density.extent, GRID)
     _scatter(above[0], real, density.extent, "data")
-    below[0].set_axis_off()
-    if density.log_prob is not None:
-        below[0].set_axis_on()
+    if density.log_prob is None:
+        below[0].set_axis_off()
+    else:
         _map(below[0], density.log_prob(grid.double()).exp().view(GRID, GRID), density.extent)
     for column, (label, model) in enumerate(models.items(), start=1):
         _scatter(above[column], model.sample(POINTS, torch.Generator().manual_seed(0)).cpu(), density.extent, label)

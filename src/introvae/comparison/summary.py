@@ -81,9 +81,9 @@ def run_result(run: Run, config: FitConfig, seed: int) -> dict[str, Any]:
         names += ("wasserstein", "gradient_penalty", "divergence_real", "divergence_sample")
         found["last"] = {name: rows[-1][name] for name in names if name in rows[-1]}
     noted = [row for row in rows if "gradient_adversarial" in row]
-    if noted:  # at most some 20 moments
+    if noted:
         kept = ("step", "gradient_adversarial", "gradient_reconstruction")
-        found["gradients"] = [{name: row[name] for name in kept} for row in noted[:: max(1, len(noted) // 20)]]
+        found["gradients"] = [{name: row[name] for name in kept} for row in noted]
     if guard:
         kept = ("step", "cause", "change", "attempt")
         found["guard"] = [{key: event[key] for key in kept if key in event} for event in guard]
