@@ -180,8 +180,9 @@ def test_what_an_automatic_setting_starts_from(pixels: int) -> None:
 class Hand:
     """The rule of beta_neg in plain float64 arithmetic."""
 
-    def __init__(self, alpha: float, scale: float) -> None:
-        self.alpha, self.scale, self.exponent = alpha, scale, 2.5
+    def __init__(self, alpha: float, scale: float, beta_kl: float = 1.0) -> None:
+        self.alpha, self.scale, self.beta_kl = alpha, scale, beta_kl
+        self.exponent, self.home = 2.5, 1.5
         self.means: dict[str, float] = {}
         self.seen = {"kl": 0, "gap": 0}
 
@@ -194,6 +195,16 @@ class Hand:
     def value(self) -> float:
         return self.exponent / (self.alpha * self.scale * max(self.means["kl"], 0.1))
 
+    def begin(self) -> None:
+        """The exponent whose pushes cancel at 1.4 times KL(real), by bisection of r: ln r = q r, r above e."""
+        q = 1.4 * self.alpha * self.scale * self.beta_kl * max(self.means["kl"], 0.1)
+        low, high = math.e, math.exp(10.0)
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if math.log(middle) > q * middle else (low, middle)
+        found = math.log(low)
+        self.exponent, self.home = max(2.5, found), max(1.5, found)
+
     def look(self, real: float, fake: float | None) -> float | None:
         self._follow("kl", real)
         if fake is None:
@@ -201,7 +212,7 @@ class Hand:
         self._follow("gap", fake - real)
         relative = self.means["gap"] / max(self.means["kl"], 0.1)
         outside = min(relative, 0.0) if relative < 0 else max(relative - 0.5, 0.0)
-        inside = 0.005 * math.log(1.5 / self.exponent) if outside == 0 else 0.0
+        inside = 0.005 * math.log(self.home / self.exponent) if outside == 0 else 0.0
         self.exponent *= math.exp(inside + min(max(0.5 * outside, -0.04), 0.04))
         self.exponent = min(max(self.exponent, 1.0), 10.0)
         return self.value()
@@ -231,6 +242,7 @@ def test_the_rule_of_beta_neg_equals_one_in_plain_arithmetic(objective: Objectiv
     for real, fake in warm:
         hand.look(real, fake)
     rule.begin(value)
+    hand.begin()
     assert value.item() == pytest.approx(hand.value(), rel=1e-5)
     kls = [(2.0 * real, 2.0 * real + spread * (fake - 1.0)) for real, fake in WALK]
     expected = [hand.look(real, fake) for real, fake in kls]
@@ -257,6 +269,21 @@ def test_beta_neg_falls_where_the_adversary_sleeps_and_rises_where_it_sees_too_m
         assert 2 * found[look] == pytest.approx(2.5 * rate ** (look + 1), rel=1e-4)
     assert 2 * found[-1] == pytest.approx(bound, rel=1e-5)
     assert found == (sorted(found) if change >= 1 else sorted(found, reverse=True))
+
+
+@pytest.mark.parametrize(("kl", "beta_kl"), [(17.0, 0.5), (12.0, 1.0), (34.0, 0.5), (60.0, 0.1)])
+def test_on_images_fakes_settle_above_the_real_images_of_the_warmup(kl: float, beta_kl: float) -> None:
+    """With the beta_neg of the found exponent, the two pushes cancel at 1.4 times KL(real)."""
+    objective = SoftIntroVAE(beta_kl=beta_kl, beta_neg="auto")
+    rule, value = Gap(objective, 1 / 784, "cpu"), torch.tensor(0.1)
+    shown(rule, [(kl, None)] * 5, value)
+    rule.begin(value)
+    shown(rule, [(1.4 * kl, 1.5 * kl)] * 50, value)  # where real images follow to
+    level = math.log(value.item() / beta_kl) / (2 / 784 * value.item())
+    assert level == pytest.approx(1.4 * kl, rel=0.02)
+    restored = Gap(objective, 1 / 784, "cpu")
+    restored.load_state_dict(rule.state_dict())
+    assert shown(restored, [(kl, kl)] * 9, torch.tensor(0.1)) == shown(rule, [(kl, kl)] * 9, torch.tensor(0.1))
 
 
 @pytest.mark.parametrize("fake", [0.0, 1e6])
@@ -512,10 +539,11 @@ def test_beta_neg_auto_begins_with_the_balance_of_the_logged_warm_up(tmp_path: P
     run = small(tmp_path / "run", objective=cls(beta_neg="auto", beta_kl=0.3), warmup=Warmup(35, 0.8, 0.05), steps=60)
     log = run.log()
     assert all("beta_neg" in row for row in log)
-    hand = Hand(2.0, 0.5)
+    hand = Hand(2.0, 0.5, beta_kl=0.3)
     for row in log:
         index = row["step"] - 1
         if index == 35:
+            hand.begin()
             assert row["beta_neg"] == pytest.approx(hand.value(), rel=1e-5)
             assert hand.means["kl"] == pytest.approx(sum(log[i]["kl_real"] for i in (0, 10, 20, 30)) / 4)
         if index >= 35:
@@ -542,8 +570,11 @@ def test_margin_auto_is_a_fifth_above_the_logged_warm_up_s_kl(tmp_path: Path) ->
 def test_the_logged_beta_neg_is_the_one_that_the_step_was_made_with(tmp_path: Path) -> None:
     run = small(tmp_path / "run", objective=SoftIntroVAE(beta_neg="auto"), warmup=Warmup(30), steps=31)
     log = run.log()
-    begun = 2.5 / max(0.1, sum(log[i]["kl_real"] for i in (0, 10, 20)) / 3)
-    assert log[30]["beta_neg"] == pytest.approx(begun, rel=1e-5)
+    hand = Hand(2.0, 0.5)
+    for i in (0, 10, 20):
+        hand.look(log[i]["kl_real"], None)
+    hand.begin()
+    assert log[30]["beta_neg"] == pytest.approx(hand.value(), rel=1e-5)
 
 
 def rewound(run: Run, folder: Path, step: int) -> Run:

@@ -60,6 +60,7 @@ NETWORKS: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
     "conv": ((1, 8, 8), "tiny-conv", {}),
     "conv-batch": ((1, 8, 8), "tiny-conv", {"norm": "batch"}),
     "residual": ((3, 16, 16), "tiny-residual", {}),
+    "dcgan": ((1, 8, 8), "tiny-dcgan", {}),
     "style": ((1, 8, 8), "tiny-style", {}),
 }
 OBJECTIVES: dict[str, Objective] = {

@@ -1,4 +1,4 @@
-"""The residual pair is the published table's, and every normaliser keeps what networks promise."""
+"""The residual pair is the published table's, and every normaliser and the strided pair keep what networks promise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from introvae import ConfigError, IntrospectiveStep, IntrospectiveVAE, Noise, SoftIntroVAE
-from introvae.networks import use_gradient_checkpointing
+from introvae.networks import dcgan, use_gradient_checkpointing
 from introvae.networks.blocks import (
     GAIN,
     NORM_PLACES,
@@ -36,6 +36,7 @@ CASES = [
         for norm in NORMS
         for place in NORM_PLACES
     ),
+    *(pytest.param("dcgan", {"norm": norm, "hidden": 24}, id=f"dcgan-{norm}") for norm in dcgan.NORMS),
 ]
 SIDE, LATENTS = 16, 5
 

@@ -12,6 +12,7 @@ from torch import nn
 from introvae.errors import ConfigError, positive, unknown
 from introvae.networks.blocks import use_gradient_checkpointing
 from introvae.networks.conv import build_conv
+from introvae.networks.dcgan import build_dcgan
 from introvae.networks.mlp import build_mlp
 from introvae.networks.residual import build_residual
 from introvae.networks.style import build_style
@@ -24,11 +25,13 @@ _NETWORKS: dict[str, Builder] = {
     "mlp": build_mlp,
     "conv": build_conv,
     "residual": build_residual,
+    "dcgan": build_dcgan,
     "style": build_style,
     # For tests: every path in seconds.
     "tiny-mlp": partial(build_mlp, hidden=16, depth=2),
     "tiny-conv": partial(build_conv, channels=(4,)),
     "tiny-residual": partial(build_residual, width=1 / 16),
+    "tiny-dcgan": partial(build_dcgan, channels=(4,), hidden=16, depth=1),
     "tiny-style": partial(build_style, width=1 / 128, style_dim=8, mapping=2),
 }
 

@@ -29,7 +29,7 @@ GAIN = math.sqrt(2 / (1 + SLOPE**2))
 
 _SHIFTING = ("layer", "group", "batch")
 _BARE = ("none", "weight")
-_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
+_Layer = TypeVar("_Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 class OverChannels(nn.Module):
@@ -164,7 +164,7 @@ def make_conv(
     if norm == "weight" and not edge:
         return StandardizedConv2d(inputs, outputs, kernel, bias, gain)
     layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
-    return _sized(layer, gain) if norm in _BARE else layer
+    return sized(layer, gain) if norm in _BARE else layer
 
 
 def make_linear(norm: str, inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
@@ -172,12 +172,18 @@ def make_linear(norm: str, inputs: int, outputs: int, gain: float = 1.0) -> nn.L
     if norm == "equalized":
         return EqualizedLinear(inputs, outputs, gain=gain)
     layer = nn.Linear(inputs, outputs)
-    return _sized(layer, gain) if norm in _BARE else layer
+    return sized(layer, gain) if norm in _BARE else layer
 
 
-def _sized(layer: _Layer, gain: float) -> _Layer:
-    """The layer with weights of variance gain^2 / n, as He et al. 2015: PyTorch's third of it would fade with depth."""
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+def sized(layer: _Layer, gain: float, inputs: int | None = None) -> _Layer:
+    """The layer with weights of variance gain^2 / n, as He et al. 2015: PyTorch's third of it would fade with depth.
+
+    Arguments:
+        layer: changed in place; its bias becomes 0.
+        gain: standard deviation of outputs for inputs of unit variance.
+        inputs: n, the values that an output sees; by default those of a filter, which a transposed convolution has not.
+    """
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs or layer.weight[0].numel()))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

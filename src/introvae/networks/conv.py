@@ -171,7 +171,7 @@ def build_conv(
     if side % (1 << len(channels)):
         raise ConfigError(
             f"{len(channels)} channel widths halve the side that often, which {side} pixels do not allow: give 1 "
-            f"to {_powers_of_two(side)} of them"
+            f"to {powers_of_two(side)} of them"
         )
     coarse = min(coarse, shape[1])
     encoder = ConvEncoder(square, latent_dim, channels, norm, stride=stride, coarse=coarse)
@@ -193,13 +193,13 @@ def widths_for(side: int, channels: Sequence[int] | None, width: float) -> Seque
     """
     positive(width=width)
     if channels is None:
-        more = max(0, _halvings(side) - len(WIDTHS))
-        published = [*LARGE_WIDTHS[len(LARGE_WIDTHS) - more :], *WIDTHS[: _halvings(side)]]
+        more = max(0, halvings(side) - len(WIDTHS))
+        published = [*LARGE_WIDTHS[len(LARGE_WIDTHS) - more :], *WIDTHS[: halvings(side)]]
         return [max(1, round(width * channel)) for channel in published]
     if width != 1:
         raise ConfigError("channels and width are both given: give one of them")
     if not channels:
-        raise ConfigError(f"channels is empty: give 1 to {_powers_of_two(side)} of them")
+        raise ConfigError(f"channels is empty: give 1 to {powers_of_two(side)} of them")
     for index, channel in enumerate(channels):
         positive(**{f"channels[{index}]": channel})
     return channels
@@ -210,9 +210,11 @@ def possible_sides() -> list[int]:
     return sorted(base << k for base in (4, 5, 6, 7) for k in range(1, len(LARGE_WIDTHS) + len(WIDTHS) + 1))
 
 
-def _halvings(side: int) -> int:
+def halvings(side: int) -> int:
+    """How often a side halves until 4 ... 7 pixels are left."""
     return next(k for k in range(1, len(LARGE_WIDTHS) + len(WIDTHS) + 1) if side >> k < 8)
 
 
-def _powers_of_two(side: int) -> int:
+def powers_of_two(side: int) -> int:
+    """How often a side can be halved."""
     return (side & -side).bit_length() - 1

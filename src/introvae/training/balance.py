@@ -26,6 +26,10 @@ START, HOME = 2.5, 1.5
 """The exponent alpha s beta_neg KL(real) of the first adversarial step, and where it goes from there: about those of
 the published settings on 8 Gaussians, whose KL(real) falls when the players begin.
 """
+SURPLUS = 1.4
+"""How far above the KL(real) of the warm-up a fake's KL settles, where settings can have that: see `surplus_exponent`.
+Measured on MNIST: 1.0 is the published setting or less, with an adversary that sleeps; 2 begins with KLs that run away.
+"""
 LEAST, MOST = 1.0, 10.0
 """Bounds of the exponent. The encoder's push on a fake with the KL of real data, s beta_neg exp(-exponent), is largest
 at 1; at 10, about what the published MNIST settings have, it is a thousandth of that."""
@@ -41,14 +45,44 @@ LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 
 
-def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float = HOME) -> float:
+def surplus_exponent(objective: Any, scale: float, kl_nats: Tensor) -> Tensor:
+    """The exponent with which the two players' pushes on a fake's KL cancel at `SURPLUS` times that of real data.
+
+    The encoder pushes with s beta_neg exp(-e) for an exponent e = alpha s beta_neg KL, the decoder with s beta_kl: they
+    cancel at e = ln(beta_neg / beta_kl). The larger solution of e = ln(e / q), q = SURPLUS alpha s beta_kl KL(real),
+    has that KL where it is wanted. Images have one, with an exponent of about 5 (MNIST; published: 5.5). Where q is
+    above 1 / e, as in the plane, no beta_neg brings fakes that high, and the result is 1, where they come highest.
+
+    Example:
+        >>> from introvae import SoftIntroVAE
+        >>> surplus_exponent(SoftIntroVAE(beta_kl=0.5), 1 / 784, torch.tensor(17.0))
+        tensor(5.1298)
+        >>> surplus_exponent(SoftIntroVAE(beta_kl=0.3), 1 / 2, torch.tensor(2.1))
+        tensor(1.)
+    """
+    q = SURPLUS * getattr(objective, "alpha", 2.0) * scale * objective.beta_kl * kl_nats.clamp(min=LEAST_KL)
+    exponent = torch.full_like(q, MOST)
+    for _ in range(50):  # each step comes nearer by a factor of the solution; at 1 / e it stops where it is wanted
+        exponent = (exponent / q).log().clamp(1.0, MOST)
+    return exponent
+
+
+def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: float | None = None) -> float:
     """The beta_neg with which a fake of this KL, that of real data, has this exponent alpha s beta_neg KL.
+
+    Arguments:
+        objective: `SoftIntroVAE` or `ASIntroVAE`.
+        scale: its s.
+        kl_nats: of real data.
+        exponent: by default the one that an automatic beta_neg makes its home.
 
     Example:
         >>> from introvae import SoftIntroVAE
         >>> balancing_beta_neg(SoftIntroVAE(), scale=0.5, kl_nats=2.0)
         0.75
     """
+    if exponent is None:
+        exponent = max(HOME, surplus_exponent(objective, scale, torch.tensor(kl_nats)).item())
     return exponent / (getattr(objective, "alpha", 2.0) * scale * max(kl_nats, LEAST_KL))
 
 
@@ -116,7 +150,8 @@ class Gap:
     """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
 
     What the encoder's push depends on is the exponent alpha s beta_neg KL, with the KL of real data. It begins at
-    `START` and goes to `HOME`, and beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
+    `START` and goes to `HOME`, or begins and stays at `surplus_exponent` of the warm-up's KL where that is larger, and
+    beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
     and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
     to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
     no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
@@ -129,12 +164,16 @@ class Gap:
 
     def __init__(self, objective: Any, scale: float, device: torch.device | str) -> None:
         self._averages = Averages(("kl", "gap"), device)
-        self._exponent = torch.tensor(START, device=device)
+        self._objective, self._scale = objective, scale
+        self._exponent, self._home = torch.tensor(START, device=device), torch.tensor(HOME, device=device)
         self._factor = 1.0
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
     def begin(self, value: Tensor) -> None:
-        before = value.clone()
+        before, seen = value.clone(), self._averages.seen["kl"] > 0
+        surplus = torch.where(seen, surplus_exponent(self._objective, self._scale, self._averages["kl"]), 0.0)
+        self._exponent.copy_(surplus.clamp(min=START))
+        self._home.copy_(surplus.clamp(min=HOME))
         self._follow(value)
         value.copy_(torch.where(self._averages.seen["kl"] > 0, value, before))
 
@@ -146,7 +185,7 @@ class Gap:
         averages.follow(gap=kl_fake - kl_real)
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
         outside = relative - relative.clamp(*BAND)
-        back = RETURN * (min(max(HOME * self._factor, LEAST), MOST) / self._exponent).log()
+        back = RETURN * ((self._home * self._factor).clamp(LEAST, MOST) / self._exponent).log()
         change = torch.where(outside == 0, back, (GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE))
         change = torch.where((kl_fake - kl_real).isfinite(), change, 0.0)
         self._exponent.mul_(change.exp()).clamp_(LEAST, MOST)
@@ -160,11 +199,17 @@ class Gap:
         value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages.state_dict(), "exponent": self._exponent.clone(), "factor": self._factor}
+        return {
+            "averages": self._averages.state_dict(),
+            "exponent": self._exponent.clone(),
+            "home": self._home.clone(),
+            "factor": self._factor,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._exponent.copy_(state["exponent"])
+        self._home.copy_(state.get("home", self._home))  # checkpoints of before it was found have the usual one
         self._factor = state["factor"]
 
 
