@@ -55,7 +55,15 @@ SETS = {
 HUB_WHOLE = {"celebahq256": 30_000, "celebahq1024": 30_000, "ffhq256": 70_000}
 """Images of the sets that have no test part there."""
 
-SHAPES = {"images-published": (3, 32, 32), "images-softintrovae": (3, 64, 64), "table-softintrovae": (6,)}
+SHAPES = {
+    "images-published": (3, 32, 32),
+    "images-softintrovae": (3, 64, 64),
+    "mnist-asintrovae": (1, 28, 28),
+    "mnist-introvae": (1, 28, 28),
+    "mnist-softintrovae": (1, 28, 28),
+    "mnist-vae": (1, 28, 28),
+    "table-softintrovae": (6,),
+}
 HUB = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+(:[\w+.-]+)?")
 WHICH = re.compile(r"introvae fit( --\S+ \S+)+$")
 
@@ -340,13 +348,13 @@ def made_up(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def shortened(name: str, **changed: Any) -> FitConfig:
-    """Two steps, one of them in the warm-up where there is one; of growing networks one or two on each level."""
+    """A step, after one of the warm-up where there is one; of growing networks one or two on each level."""
     ours = config(name)
     side = shape_of(name)[-1] if name in (*PAPERS, *SHAPES) else 0
-    settings: dict[str, Any] = {"steps": 2, "epochs": None, "batch_size": 2, "precision": "float32", "device": "cpu"}
-    settings["warmup"] = dataclasses.replace(
-        ours.warmup, steps=int(bool(ours.warmup.steps or ours.warmup.share)), share=0
-    )
+    # An automatic margin reads two looks, ten steps apart.
+    warm = 20 if "margin" in ours.objective.automatic else int(bool(ours.warmup.steps or ours.warmup.share))
+    settings: dict[str, Any] = {"steps": max(2, warm + 1), "epochs": None, "batch_size": 2, "precision": "float32"}
+    settings |= {"device": "cpu", "warmup": dataclasses.replace(ours.warmup, steps=warm, share=0)}
     if isinstance(ours.objective, WGANGP):
         settings["objective"] = dataclasses.replace(ours.objective, n_critic=1)
     if ours.growing.on:

@@ -389,6 +389,10 @@ def load_config(path: Path) -> FitConfig:
     return parse_config([], [path], source=str(path))
 
 
+NAMED = {"mnist": "mnist", "fashionmnist": "mnist"}
+"""Sets of images with recipes of their own, by their names' letters and digits."""
+
+
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -408,14 +412,19 @@ def recipe_path(name: str) -> Path:
 
 
 def recommended_recipe(data: str, objective: str) -> str | None:
-    """Name of the recommended recipe for this data and objective, or None; "images-..." for files and arrays of images,
-    "table-..." for tables.
+    """Name of the recommended recipe for this data and objective, or None: that of a density, of a set of images that
+    is called as in `NAMED` (a folder, a file or on the hub), or "images-..." for other images, "table-..." for tables.
 
     Example:
-        >>> recommended_recipe("density:8gaussians", "SoftIntroVAE")
-        '8gaussians-softintrovae'
+        >>> recommended_recipe("density:8gaussians", "SoftIntroVAE"), recommended_recipe("data/MNIST", "VAE")
+        ('8gaussians-softintrovae', 'mnist-vae')
     """
-    density = data.removeprefix("density:")
-    kind = "table" if is_table(data) else density if holds_vectors(data) or data == "digits" else "images"
-    name = f"{kind}-{objective.lower()}"
-    return name if name in list_recipes() else None
+    if is_table(data):
+        kinds = ["table"]
+    elif holds_vectors(data) or data == "digits":
+        kinds = [data.removeprefix("density:")]
+    else:
+        called = re.sub(r"[^a-z0-9]", "", Path(data.partition(":")[0]).stem.lower())
+        kinds = [*([NAMED[called]] if called in NAMED else []), "images"]
+    found = [f"{kind}-{objective.lower()}" for kind in kinds]
+    return next((name for name in found if name in list_recipes()), None)
