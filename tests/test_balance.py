@@ -182,7 +182,7 @@ class Hand:
 
     def __init__(self, alpha: float, scale: float, beta_kl: float = 1.0) -> None:
         self.alpha, self.scale, self.beta_kl = alpha, scale, beta_kl
-        self.exponent, self.home = 2.5, 1.5
+        self.exponent, self.home, self.settled = 2.5, 1.5, 0.0
         self.means: dict[str, float] = {}
         self.seen = {"kl": 0, "gap": 0}
 
@@ -193,7 +193,7 @@ class Hand:
         self.seen[name] += 1
 
     def value(self) -> float:
-        return self.exponent / (self.alpha * self.scale * max(self.means["kl"], 0.1))
+        return self.exponent / (self.alpha * self.scale * max(self.settled or self.means["kl"], 0.1))
 
     def begin(self) -> None:
         """The exponent whose pushes cancel at 1.4 times KL(real), by bisection of r: ln r = q r, r above e."""
@@ -204,6 +204,7 @@ class Hand:
             low, high = (middle, high) if math.log(middle) > q * middle else (low, middle)
         found = math.log(low)
         self.exponent, self.home = max(2.5, found), max(1.5, found)
+        self.settled = 1.4 * self.means["kl"] if found > 2.5 else 0.0
 
     def look(self, real: float, fake: float | None) -> float | None:
         self._follow("kl", real)
@@ -280,7 +281,7 @@ def test_on_images_fakes_settle_above_the_real_images_of_the_warmup(kl: float, b
     rule.begin(value)
     shown(rule, [(1.4 * kl, 1.5 * kl)] * 50, value)  # where real images follow to
     level = math.log(value.item() / beta_kl) / (2 / 784 * value.item())
-    assert level == pytest.approx(1.4 * kl, rel=0.02)
+    assert level == pytest.approx(1.4 * kl, rel=1e-4)
     restored = Gap(objective, 1 / 784, "cpu")
     restored.load_state_dict(rule.state_dict())
     assert shown(restored, [(kl, kl)] * 9, torch.tensor(0.1)) == shown(rule, [(kl, kl)] * 9, torch.tensor(0.1))

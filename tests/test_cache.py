@@ -384,8 +384,8 @@ def test_the_cost_is_said_before_decoding(
     for i in range(20):
         put(tmp_path / f"images/{i}.png", i, 8)
     said: list[str] = []
-    read = images_module._read
-    monkeypatch.setattr(images_module, "_read", lambda *a: said.append(caplog.text) or read(*a))
+    read = images_module.read_item
+    monkeypatch.setattr(images_module, "read_item", lambda *a: said.append(caplog.text) or read(*a))
     load(tmp_path / "images", size=256, channels=3)
     assert len(said) == 20
     assert all(f"20 images of 3 x 256 x 256: {20 * 3 * 256 * 256 / 1e6:.0f} MB in {cache}" in text for text in said)

@@ -948,7 +948,7 @@ def test_evaluate_refuses_data_of_another_shape(refused: Refused, digits: Run, p
         ("interpolate RUN a.png b.png -o x.npy --steps few", "--steps few"),
         ("doctor foo", "foo"),
         ("doctor --clear", "--clear"),
-        ("nope", "nope fit, evaluate, sample, reconstruct, interpolate, recipes, doctor"),
+        ("nope", "nope fit, evaluate, sample, reconstruct, interpolate, detect, recipes, doctor"),
         ("--nope", "--nope fit, evaluate"),
     ],
 )

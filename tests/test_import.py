@@ -44,7 +44,10 @@ LAYERS = [
     {"measures"},
     {"report"},
     {"evaluation", "exchange"},
+    {"apps"},
     {"comparison"},
+    {"commands"},
+    {"cli_explore", "cli_detect"},
     {"cli"},
     {"__main__"},
 ]
@@ -83,7 +86,18 @@ introvae.load_data("density:rings").batches(4, seed=0).next("cpu")
     assert not loaded_after(code) & HEAVY
 
 
-COMPUTING = ("sample", "evaluate", "reconstruct", "interpolate")
+COMPUTING = (
+    "sample",
+    "evaluate",
+    "reconstruct",
+    "interpolate",
+    "traverse",
+    "edit",
+    "neighbours",
+    "latents",
+    "mix",
+    "detect",
+)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from introvae.errors import ConfigError, DataError, IntrovaeError
+from introvae.commands import parser_for
+from introvae.errors import ConfigError, IntrovaeError
 from introvae.machine import speaks
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
 
     from introvae.training.loop import Trainer
     from introvae.training.run import Run
@@ -28,7 +29,13 @@ commands:
   evaluate      measure a run: report.html with pictures, report.json, a table
   sample        draw new images, rows or points from a run's model
   reconstruct   encode images or rows and decode them again
-  interpolate   the way between two images through the latent space
+  interpolate   the way between images through the latent space
+  traverse      what single latent dimensions change
+  edit          images with more or less of what two folders differ in
+  neighbours    the samples of a data set nearest to images
+  latents       a map of the latent space of a data set
+  mix           coarse styles of one image, fine styles of another
+  detect        score images: what does not belong, and where
   compare       objectives x data x seeds, or finished runs, in one table with spreads
   recipes       list the settings that come with the package
   doctor        what this machine has, and what will be used; clears the cache
@@ -114,7 +121,7 @@ def _fit(words: list[str]) -> None:
     from introvae.training.run import Run
 
     words = [settings.underscored(word) for word in words]
-    parser = _parser("fit", "Train a model and leave everything in a run folder.", FIT_EXAMPLE)
+    parser = parser_for("fit", "Train a model and leave everything in a run folder.", FIT_EXAMPLE)
     parser.add_argument("--recipe", default="auto", help="a recipe's name or file, auto (the recommended one) or none")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
     parser.add_argument("--dry_run", action="store_true", help="show the settings and networks, train nothing")
@@ -165,7 +172,7 @@ def _evaluate(words: list[str]) -> None:
         "  introvae evaluate runs/faces --features inception,mine.pt2\n"
         "  introvae evaluate runs/faces --features inception --samples 50000 --reference 1000000 --device cuda"
     )
-    parser = _parser("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
+    parser = parser_for("evaluate", "Measure a run: writes report.html, report.json and pictures into it.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--data", help="other data, all measured (or their own test part), prepared as the run's")
     parser.add_argument("--metrics", default="", help="names of the ones to report, joined by commas (default: all)")
@@ -220,7 +227,7 @@ def _sample(words: list[str]) -> None:
         "  introvae sample runs/wine -n 1000 -o samples.csv\n"
         "  introvae sample runs/pets -n 16 --label cat -o cats.png            (of a class-conditional model)"
     )
-    parser = _parser("sample", "Draw new images, rows or points from a run's model.", example)
+    parser = parser_for("sample", "Draw new images, rows or points from a run's model.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("-n", "--number", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
@@ -237,21 +244,11 @@ def _sample(words: list[str]) -> None:
     print(write_samples(torch.cat(drawn), Path(own.output), asked.names, asked.columns, model))
 
 
-def _with_latents(run: Run) -> Run:
-    """The run itself; raises `ConfigError` where its encoder gives no latents."""
-    objective = run.config().objective
-    if objective.encodes == "nothing":
-        raise ConfigError(
-            f"{run.folder} is a {type(objective).__name__}'s, whose encoder gives no latents: take introvae sample, or "
-            "a run of another objective"
-        )
-    return run
-
-
 def _reconstruct(words: list[str]) -> None:
     import torch
 
     from introvae.classes import named, parts_of
+    from introvae.commands import with_latents
     from introvae.exchange import read_samples, write_samples
     from introvae.pictures import stack_columns
     from introvae.training.run import Run
@@ -260,7 +257,7 @@ def _reconstruct(words: list[str]) -> None:
         "example:\n  introvae reconstruct runs/mine a.png b.png -o pairs.png\n"
         "  introvae reconstruct runs/wine table.csv -o again.csv"
     )
-    parser = _parser("reconstruct", "Encode images or the rows of a table and decode them again.", example)
+    parser = parser_for("reconstruct", "Encode images or the rows of a table and decode them again.", example)
     parser.add_argument("run", help="the run folder")
     parser.add_argument("images", nargs="+", help="image files or scans, prepared as the run's were; or a table")
     parser.add_argument(
@@ -273,7 +270,7 @@ def _reconstruct(words: list[str]) -> None:
         "--label", nargs="+", default=[], help="class of all samples, or of each, for a model of classes"
     )
     own = parser.parse_args(words)
-    model = _with_latents(Run.open(own.run)).model()
+    model = with_latents(Run.open(own.run)).model()
     x, found = read_samples(model, own.images)
     conditions = parts_of(named(model.classes, own.label, len(x)), len(x), 256)
     y = torch.cat([model.reconstruct(part, of) for part, of in zip(x.split(256), conditions, strict=True)])
@@ -285,35 +282,9 @@ def _reconstruct(words: list[str]) -> None:
         print(write_samples(y, output, names, model=model))
 
 
-def _interpolate(words: list[str]) -> None:
-    from introvae.classes import named
-    from introvae.errors import positive
-    from introvae.exchange import read_samples, write_samples
-    from introvae.training.run import Run
-
-    example = (
-        "example:\n  introvae interpolate runs/mine a.png b.png -o way.png\n"
-        "  introvae interpolate runs/mine a.png b.png --steps 16 --spherical -o folder"
-    )
-    parser = _parser("interpolate", "The way between two images (or scans) through the latent space, decoded.", example)
-    parser.add_argument("run", help="the run folder")
-    parser.add_argument("start", help="the image to start from")
-    parser.add_argument("end", help="the image to end at")
-    parser.add_argument("--steps", type=int, default=9, help="how many images, both ends included (default: 9)")
-    parser.add_argument("--spherical", action="store_true", help="along the great circle instead of the straight line")
-    parser.add_argument("-o", "--output", required=True, help="FILE.png (one sheet), FILE.npy, or a folder")
-    parser.add_argument("--label", nargs="+", default=[], help="class of both ends, or of each, for a model of classes")
-    own = parser.parse_args(words)
-    positive(steps=own.steps)
-    model = _with_latents(Run.open(own.run)).model()
-    starts, ends = (read_samples(model, [name])[0] for name in (own.start, own.end))
-    if len(starts) != len(ends):
-        raise DataError(f"{own.start} has {len(starts)} samples and {own.end} {len(ends)}: give as many of each")
-    both = named(model.classes, own.label, 2)
-    of = (None, None) if both is None else both.tolist()
-    ways = model.interpolate(starts, ends, own.steps, own.spherical, *of)
-    names = [f"way_{i:03d}_{j:03d}.png" for i in range(len(ways)) for j in range(own.steps)]
-    print(write_samples(ways.flatten(0, 1), Path(own.output), names, columns=own.steps, model=model))
+def _elsewhere(module: str, name: str) -> Callable[[list[str]], None]:
+    """A command in a module of its own, imported when it is called."""
+    return lambda words: getattr(import_module(f"introvae.{module}"), name)(words)
 
 
 def _compare(words: list[str]) -> None:
@@ -329,7 +300,7 @@ def _compare(words: list[str]) -> None:
     folders = []
     while words and not words[0].startswith("-"):
         folders.append(words.pop(0))
-    parser = _parser(
+    parser = parser_for(
         "compare", "Train objectives on data with several seeds, or take finished RUNS, and compare.", example
     )
     parser.usage = "introvae compare [RUNS ...] [OPTIONS] [SETTINGS OF FIT]"
@@ -365,7 +336,7 @@ def _compare(words: list[str]) -> None:
 
 
 def _doctor(words: list[str]) -> None:
-    parser = _parser(
+    parser = parser_for(
         "doctor",
         "What this machine has, and what will be used.",
         "example:\n  introvae doctor\n  introvae doctor --clear-cache",
@@ -411,7 +382,7 @@ def _doctor(words: list[str]) -> None:
 def _recipes(words: list[str]) -> None:
     from introvae.training import config as settings
 
-    parser = _parser("recipes", "List the settings that come with the package.", "example:\n  introvae recipes")
+    parser = parser_for("recipes", "List the settings that come with the package.", "example:\n  introvae recipes")
     parser.parse_args(words)
     for name in settings.list_recipes():
         head = settings.recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -424,28 +395,18 @@ def _recipes(words: list[str]) -> None:
         print(f"{name:<28} {head}")
 
 
-def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise ConfigError(f"{message} (see introvae {command} --help)")
-
-    return Parser(
-        prog=f"introvae {command}",
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "sample": _sample,
     "reconstruct": _reconstruct,
-    "interpolate": _interpolate,
+    "interpolate": _elsewhere("cli_explore", "interpolate"),
+    "traverse": _elsewhere("cli_explore", "traverse"),
+    "edit": _elsewhere("cli_explore", "edit"),
+    "neighbours": _elsewhere("cli_explore", "neighbours"),
+    "latents": _elsewhere("cli_explore", "latents"),
+    "mix": _elsewhere("cli_explore", "mix"),
+    "detect": _elsewhere("cli_detect", "detect"),
     "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,

@@ -120,7 +120,7 @@ def evaluate(
     checked_seed(seed)
     lpips = lpips_distance() if "lpips" in metrics else None
     config, model = run.config(), run.model().to(pick_device(device))
-    loaded, encodes = _load(config, model, data), config.objective.encodes
+    loaded, encodes = load_for(config, model, data), config.objective.encodes
     check_numbers(loaded, samples=samples, reference=reference)
     heldout = None
     if isinstance(loaded, ArrayData) and encodes != "nothing":
@@ -263,8 +263,8 @@ def _same(one: str, other: str) -> bool:
         return False
 
 
-def _load(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | None) -> Data:
-    """The run's data or others, prepared as the model's were."""
+def load_for(config: FitConfig, model: IntrospectiveVAE, data: str | Path | Data | None) -> Data:
+    """The run's data or others, prepared as the model's were; of others all are held out, or their own test part."""
     prepared = preparation_from(model.config["data"]) if model.config else None
     if isinstance(data, str | Path) and _same(str(data), config.data):
         data = None

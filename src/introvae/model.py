@@ -244,7 +244,7 @@ class IntrospectiveVAE(nn.Module):
         end_condition = condition if end_condition is None else end_condition
         start, end = self.encode(a, condition).mode[:, None], self.encode(b, end_condition).mode[:, None]
         t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[None, :, None]
-        z = _slerp(start, end, t) if spherical else torch.lerp(start, end, t)
+        z = slerp(start, end, t) if spherical else torch.lerp(start, end, t)
         mixed = None
         if self.classes is not None:
             first, last = (self.classes.mixture(of, start)[:, None] for of in (condition, end_condition))
@@ -387,7 +387,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    """The way on the great circle between latents `[..., Z]`, with lengths that change linearly (Shoemake 1985)."""
     lengths = [v.norm(dim=-1, keepdim=True) for v in (start, end)]
     tiny = torch.finfo(start.dtype).tiny
     directions = [v / length.clamp(min=tiny) for v, length in zip((start, end), lengths, strict=True)]

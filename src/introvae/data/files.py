@@ -69,14 +69,39 @@ def load_array_file(path: Path, options: DataOptions, preparation: Preparation |
     Raises:
         DataError: the file cannot be read, or holds no such arrays.
     """
+    return _assemble(str(path), _arrays(path), options, preparation)
+
+
+def read_array_file(path: Path, preparation: Preparation | None = None) -> Part:
+    """All samples of such a file in their order, as a model takes them, with labels where each of them has one.
+
+    Raises:
+        DataError: as `load_array_file`; a single sample will do here.
+    """
+    parts: list[Part] = []
+    for array, labels in _arrays(path).values():
+        if array.ndim == 2:
+            x = as_vectors(array, str(path))
+        elif array.ndim in (3, 4) and 0 not in array.shape:
+            x = _eight_bit(array, str(path), DataOptions(), preparation, [])[0]
+        else:
+            raise DataError(f"{path} has shape {array.shape}: give images [N, C, H, W] or vectors [N, D]")
+        parts.append(Part(x, checked_labels(labels, len(x), str(path))))
+    if len({part.x.shape[1:] for part in parts}) > 1:
+        raise DataError(f"{path} has parts of several shapes: make them one size")
+    known = [part.labels for part in parts if part.labels is not None]
+    return Part(torch.cat([part.x for part in parts]), torch.cat(known) if len(known) == len(parts) else None)
+
+
+def _arrays(path: Path) -> dict[str, tuple[np.ndarray, Any]]:
     if path.suffix == ".npy":
-        return _assemble(str(path), {"train": (_npy(path), None)}, options, preparation)
+        return {"train": (_npy(path), None)}
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: array for name in archive.files if (array := archive[name]).ndim}
     except DAMAGES as error:
         raise _unreadable(path, error, "numpy.savez") from error
-    return _assemble(str(path), _parts(path, arrays), options, preparation)
+    return _parts(path, arrays)
 
 
 def _npy(path: Path) -> np.ndarray:

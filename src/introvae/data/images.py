@@ -27,7 +27,7 @@ from introvae.data.preparation import (
 )
 from introvae.data.scans import is_scan
 from introvae.data.sources import HELDOUT_SPLITS, Item, Source, opened
-from introvae.data.survey import Survey, look_through, progress, reason_of
+from introvae.data.survey import Survey, big_enough, look_through, progress, reason_of
 from introvae.errors import DataError, MissingExtraError
 
 
@@ -64,7 +64,7 @@ def decoded(source: Source, options: DataOptions, preparation: Preparation | Non
         key = key_of(digest, {**options.of_data(), "preparation": preparation and preparation.to_dict()})
         if (entry := read_entry(key)) is not None:
             return entry
-    with _strict_pillow():
+    with strict_pillow():
         survey = look_through(source, options)
         if survey.pictures < 2:
             raise _too_few(source.name, survey.pictures, survey.skipped)
@@ -80,7 +80,7 @@ def _too_few(name: str, found: int, skipped: dict[str, str]) -> DataError:
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Pillow refuses pictures of enormous size, and keeps its other warnings for itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,7 +95,7 @@ def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: 
     known = survey.skipped
 
     def read(items: Sequence[Item]) -> list[Result]:
-        return [_read(item, options, prepare) for item in items]
+        return [read_item(item, options, prepare) for item in items]
 
     writer = Writer(key, (survey.pictures, prepare.channels, *prepare.size))
     columns: dict[str, list[Any]] = {name: [] for name in ("names", "labels", "groups", "splits", "digests")}
@@ -103,7 +103,7 @@ def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: 
     try:
         wanted = (item for item in source.items() if item.name not in known)
         todo = progress(wanted, survey.found - len(known), "decoding")
-        for item, result in _ordered(read, todo):
+        for item, result in ordered(read, todo):
             for name, image in result:
                 if isinstance(image, str):
                     skipped[name] = image
@@ -132,7 +132,7 @@ def _decode(source: Source, options: DataOptions, prepare: Preparation, survey: 
         writer.drop()
 
 
-def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
+def read_item(item: Item, options: DataOptions, prepare: Preparation) -> Result:
     """Every picture of an item, prepared, or the reason why there is none."""
     result: Result = []
     try:
@@ -147,14 +147,17 @@ def _read(item: Item, options: DataOptions, prepare: Preparation) -> Result:
                 result.append((name, "one value only" if low == high else prepare(picture, window)))
             return result
         with opened(item, options) as pictures:
-            return [(name, prepare(picture)) for name, picture in pictures]
+            for name, picture in pictures:
+                big_enough(picture.size)
+                result.append((name, prepare(picture)))
+            return result
     except MissingExtraError:
         raise
     except Exception as error:  # as in `look_through`
         return [(item.name, reason_of(error))]
 
 
-def _ordered(
+def ordered(
     function: Callable[[Sequence[Item]], list[Result]], items: Iterator[Item], size: int = 32
 ) -> Iterator[tuple[Item, Result]]:
     """Every item with its result, in order, from a few threads (Pillow's decoders let others run), few in flight."""
@@ -237,8 +240,8 @@ def read_one(path: Path, prepare: Preparation) -> list[tuple[str, np.ndarray]]:
         DataError: it cannot be read.
     """
     options = DataOptions(axis=prepare.axis, slices=prepare.slices)
-    with _strict_pillow():
-        result = _read(Item(str(path), path), options, prepare)
+    with strict_pillow():
+        result = read_item(Item(str(path), path), options, prepare)
     pictures = [(name, image) for name, image in result if isinstance(image, np.ndarray)]
     if not pictures:
         reason = next((reason for _, reason in result if isinstance(reason, str)), "no slices")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from introvae.data.arrays import Part
-from introvae.data.images import _read
+from introvae.data.images import read_item
 from introvae.data.options import DataOptions
 from introvae.data.preparation import Preparation
 from introvae.data.shards import Shards
@@ -60,7 +60,7 @@ class Pictures:
             item = find(row)
         except KeyError:  # not of the blocks, or rows of them, that are in memory
             item = self.shards.fetch([int(self._block_of(row))], np.array([row]))(row)
-        ((name, image),) = _read(item, self.options, self.prepare)
+        ((name, image),) = read_item(item, self.options, self.prepare)
         if isinstance(image, str):
             self._skip(row, name, image)
             return None

@@ -177,7 +177,7 @@ def _look_at(item: Item, options: DataOptions, survey: Survey) -> None:
         count, size = scan_size(item.content, options)
         if not count:
             raise DataError(f"no slice in {options.slices}")
-        _big_enough(size)
+        big_enough(size)
         survey.sample(lambda: _values_of_scan(item, options))
         survey.pictures += count
         survey.sizes[size] += count
@@ -187,7 +187,7 @@ def _look_at(item: Item, options: DataOptions, survey: Survey) -> None:
         for _, picture in pictures:
             width, height = picture.size
             size = (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
-            _big_enough(size)
+            big_enough(size)
             if deep_colour(picture):
                 raise DataError("16 bits in colour: convert it to 8 bits, or to 16-bit grey")
             kind = "deep" if picture.mode in DEEP_MODES else "grey" if picture.mode in GREY_MODES else "colour"
@@ -220,7 +220,8 @@ def _values_of_scan(item: Item, options: DataOptions) -> np.ndarray:
         return np.concatenate([deep_values(picture).ravel() for _, picture in slices])
 
 
-def _big_enough(size: tuple[int, int]) -> None:
+def big_enough(size: tuple[int, int]) -> None:
+    """Raise `DataError` for a picture that is too small to show anything."""
     if min(size) < MIN_SIDE:
         raise DataError(f"{size[0]} x {size[1]} pixels, too small (at least {MIN_SIDE} each way)")
 

@@ -124,13 +124,18 @@ class StyleDecoder(Growing):
         self.blocks = nn.ModuleList([first, *(_DecoderBlock(a, b, style_dim) for a, b in pairwise(widths))])
         self.to_rgb = nn.ModuleList(EqualizedConv2d(width, shape[0], 1, gain=1) for width in widths)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, fine: Tensor | None = None, coarse: int = 0) -> Tensor:
+        """The images of `z`. With latents `fine: [N, Z]`, the styles of `z` steer the first `coarse` levels only, and
+        those of `fine` the others.
+        """
         w = unrounded(self.mapping, pixel_norm(z))
+        other = w if fine is None else unrounded(self.mapping, pixel_norm(fine))
         h, below = self.constant.expand(len(z), -1, -1, -1), None
         for level in range(self.level + 1):
             if level == self.level and self.alpha is not None:
                 below = F.interpolate(self._image(level - 1, h), scale_factor=2)
-            h = self.stage(lambda h, block=self.blocks[level]: block(h, w), h)
+            style = w if level < coarse else other
+            h = self.stage(lambda h, block=self.blocks[level], style=style: block(h, style), h)
         image = self._image(self.level, h)
         return image if below is None else self._blend(below, image)
 

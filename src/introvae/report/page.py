@@ -90,22 +90,34 @@ def render(report: dict[str, Any], folder: Path, settings: str, environment: Seq
         settings: the text of config.yaml.
         environment: names and versions of what computed it.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["number"] = number
     pictures = [
         {
             "name": name,
             "caption": _caption(name, caption, report),
-            "source": _embedded(folder / report["pictures"][name]),
+            "source": embedded((folder / report["pictures"][name]).read_bytes()),
         }
         for name, caption in CAPTIONS.items()
         if name in report["pictures"]
     ]
-    return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, most=MOST, pictures=pictures, settings=settings, environment=environment, meaning=MEANING
+    return rendered(
+        TEMPLATE,
+        report=report,
+        most=MOST,
+        pictures=pictures,
+        settings=settings,
+        environment=environment,
+        meaning=MEANING,
     )
+
+
+def rendered(template: Path, **values: Any) -> str:
+    """A template of ours as a page that needs nothing from outside; it may include the stylesheet of all pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader([template.parent, TEMPLATE.parent])
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["number"] = number
+    return jinja.get_template(template.name).render(**values)
 
 
 def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
@@ -133,8 +145,9 @@ def _searched(its: dict[str, Any]) -> str:
     return f"{some:,}" if some == all_of else f"{some:,} (of {all_of:,}: copies of the others are not seen)"
 
 
-def _embedded(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def embedded(png: bytes) -> str:
+    """A picture as the source of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def number(value: float | int | None) -> str:

@@ -150,8 +150,10 @@ class Gap:
     """beta_neg that holds KL(fake) - KL(real), as a share of KL(real), in `BAND`.
 
     What the encoder's push depends on is the exponent alpha s beta_neg KL, with the KL of real data. It begins at
-    `START` and goes to `HOME`, or begins and stays at `surplus_exponent` of the warm-up's KL where that is larger, and
-    beta_neg follows KL(real). When KL(fake) falls under KL(real), the adversary sleeps,
+    `START` and goes to `HOME`, and beta_neg follows KL(real). Where `surplus_exponent` of the warm-up's KL is larger,
+    as on images, it begins and stays there, and the KL is the one where fakes settle, `SURPLUS` times the warm-up's:
+    KL(real) follows the fakes, and a beta_neg that followed it in turn would make a high KL of the first steps last.
+    When KL(fake) falls under KL(real), the adversary sleeps,
     and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
     to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
     no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
@@ -166,6 +168,7 @@ class Gap:
         self._averages = Averages(("kl", "gap"), device)
         self._objective, self._scale = objective, scale
         self._exponent, self._home = torch.tensor(START, device=device), torch.tensor(HOME, device=device)
+        self._settled = torch.zeros((), device=device)  # the KL where fakes settle; 0 where KL(real) is followed
         self._factor = 1.0
         self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
 
@@ -174,6 +177,7 @@ class Gap:
         surplus = torch.where(seen, surplus_exponent(self._objective, self._scale, self._averages["kl"]), 0.0)
         self._exponent.copy_(surplus.clamp(min=START))
         self._home.copy_(surplus.clamp(min=HOME))
+        self._settled.copy_(torch.where(surplus > START, SURPLUS * self._averages["kl"], 0.0))
         self._follow(value)
         value.copy_(torch.where(self._averages.seen["kl"] > 0, value, before))
 
@@ -196,20 +200,23 @@ class Gap:
         self._factor *= factor
 
     def _follow(self, value: Tensor) -> None:
-        value.copy_(self._exponent * self._at_one / self._averages["kl"].clamp(min=LEAST_KL))
+        kl = torch.where(self._settled > 0, self._settled, self._averages["kl"])
+        value.copy_(self._exponent * self._at_one / kl.clamp(min=LEAST_KL))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "averages": self._averages.state_dict(),
             "exponent": self._exponent.clone(),
             "home": self._home.clone(),
+            "settled": self._settled.clone(),
             "factor": self._factor,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._averages.load_state_dict(state["averages"])
         self._exponent.copy_(state["exponent"])
-        self._home.copy_(state.get("home", self._home))  # checkpoints of before it was found have the usual one
+        for name, kept in (("home", self._home), ("settled", self._settled)):
+            kept.copy_(state.get(name, kept))  # checkpoints of before they were found have the usual ones
         self._factor = state["factor"]
 
 

@@ -1,0 +1,233 @@
+"""What does not belong: scores of every image, where in the image, and how sure one can be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from introvae.apps.heatmaps import MAPS
+from introvae.apps.judge import FOUND, Found, Judge, Normal, Usual
+from introvae.apps.scores import SCORES
+from introvae.apps.truth import Truth
+from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
+from introvae.files import write_atomically
+from introvae.metrics.detection import PixelCurve, Threshold, detection_metrics
+from introvae.training.devices import pick_device
+from introvae.training.run import Run
+
+log = logging.getLogger("introvae")
+
+DEFAULT = ("error", "kl", "neg_elbo", "latent")
+"""Scores that cost one pass of the networks together; the others are named where they are wanted."""
+DECIDING = "neg_elbo"
+"""The score whose threshold decides, where nobody says which."""
+
+
+def detect(
+    run: Run | str | Path,
+    images: str | Path,
+    *,
+    normal: str | Path | None = None,
+    labels: str | Path | None = None,
+    masks: str | Path | None = None,
+    scores: Sequence[str] = DEFAULT,
+    deciding: str | None = None,
+    false_positive_rate: float = 0.05,
+    maps: int = 24,
+    features: str = "randconv",
+    heatmap: str = "residual",
+    draws: int = 64,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score images with a trained run; write `scores.csv`, heat maps, `report.json` and `report.html`.
+
+    Every score is higher for what does not belong. Thresholds are set on normal images that were not trained on. Images
+    are read and scored a batch at a time, so a folder may have any size; one image gets the same scores alone as in a
+    batch. What cannot be read is a row of the table, too, with its reason.
+
+    Arguments:
+        run: the run or its folder.
+        images: what is searched: a folder, file or any other source that `--data` takes, also a table.
+        normal: what is normal, like `images`; by default what the run held out (at most `NORMAL`).
+        labels: a CSV of file names and 0 (normal) or 1 (anomalous); see `read_labels`.
+        masks: a folder with masks of the anomalous pixels; see `Masks`. Without labels, an image with a mask is
+            anomalous and any other normal.
+        scores: names from `SCORES`.
+        deciding: the score whose threshold makes the column `anomalous`; by default `neg_elbo`, or the first of them.
+        false_positive_rate: share of normal images that may be called anomalous.
+        maps: heat maps are drawn for so many images with the highest deciding scores.
+        features: the space of the score `perceptual`.
+        heatmap: "residual" (what the model cannot draw), "latent" (what its latents do not keep) or "combined".
+        draws: latents of each image in the scores that estimate a likelihood.
+        batch_size: images at a time; by default what fits a fraction of a GiB.
+        seed: of those latents.
+        device: as for `evaluate`.
+        out: folder of the results, by default `detect/NAME` in the run's, after the images' folder.
+
+    Returns:
+        What stands in report.json: "run", "images", "normal": what was compared; "counts"; "scores": for each its
+        meaning, threshold and that one's interval; "metrics": with labels or masks `auroc_SCORE`, `aupr_SCORE`,
+        `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, each with value, interval, n and protocol; "folder".
+
+    Raises:
+        ConfigError: an unknown score, or one that does not suit the data; a model of classes; numbers that will not do.
+        DataError: a source that cannot be read, labels or masks that fit no image, no image that can be scored.
+
+    Example:
+        >>> detect("runs/mine", "inbox")["folder"]  # doctest: +SKIP
+        'runs/mine/detect/inbox'
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))
+    one_of(tuple(MAPS), heatmap=heatmap)
+    _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
+    place = pick_device(device)
+    judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
+    truth = Truth.read(labels, masks, judge.model)
+    thresholds, normals = judge.calibrated(normal, false_positive_rate)
+    usual = judge.usual(normals)
+    pixels = PixelCurve() if truth.masks is not None else None
+    started = time.perf_counter()
+    found = judge.search(images, truth, pixels)
+    seconds = time.perf_counter() - started
+    scored = sum(not reason for reason in found.reasons)
+    if not scored:
+        raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
+    truth.check(found.names)
+    folder = Path(out) if out is not None else run.folder / "detect" / (Path(images).name or "images")
+    report: dict[str, Any] = {
+        "run": str(run.folder),
+        "images": str(images),
+        "normal": "held out by the run" if normal is None else str(normal),
+        "folder": str(folder),
+        "deciding": deciding,
+        "counts": {
+            "found": len(found.names),
+            "scored": scored,
+            "called_anomalous": int((found.of(deciding) > thresholds[deciding].value).sum()),
+        },
+        "seconds": seconds,
+        "images_per_second": scored / max(seconds, 1e-9),
+        "scores": {name: _about(name, thresholds[name]) for name in scores},
+        "metrics": _metrics(found, scores, pixels, usual),
+    }
+    write_table(folder / "scores.csv", found, thresholds, normals, deciding)
+    if usual is not None and maps:
+        report["heatmap"] = heatmap
+        report["maps"] = judge.draw(images, found, deciding, maps, usual.full, folder / "maps")
+    from introvae.apps.detection_page import write_page
+
+    write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_page(folder / "report.html", report, found, normals, thresholds)
+    return report
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The main numbers as text, for the command line."""
+    counts = report["counts"]
+    lost = counts["found"] - counts["scored"]
+    lines = [
+        f"scored {counts['scored']:,} of {counts['found']:,}"
+        + (f" ({lost:,} could not be; scores.csv says why)" if lost else "")
+        + f", {report['images_per_second']:,.0f} a second",
+        f"called anomalous: {counts['called_anomalous']:,}, by {report['deciding']} above "
+        f"{report['scores'][report['deciding']]['threshold']:.5g}",
+    ]
+    for name, entry in report["metrics"].items():
+        interval = f"  ({entry['low']:.4f} to {entry['high']:.4f})" if "low" in entry else ""
+        lines.append(f"  {name:<32} {entry['value']:.4f}{interval}")
+    return "\n".join(lines)
+
+
+def _check(
+    scores: Sequence[str], deciding: str, rate: float, maps: int, draws: int, batch_size: int | None, seed: int
+) -> None:
+    for name in scores:
+        if name not in SCORES:
+            raise unknown("score", name, list(SCORES))
+    if not scores or deciding not in scores:
+        raise ConfigError(
+            f"the score that decides ({deciding}) is not among {', '.join(scores) or 'none'}: add it, or choose one of them"
+        )
+    if not 0 < rate < 1:
+        raise ConfigError(f"false_positive_rate is {rate}: give a number between 0 and 1, such as 0.05")
+    not_negative(maps=maps)
+    positive(draws=draws, **({} if batch_size is None else {"batch_size": batch_size}))
+    whole(maps=maps, draws=draws, **({} if batch_size is None else {"batch_size": batch_size}))
+    checked_seed(seed)
+
+
+def _about(name: str, threshold: Threshold) -> dict[str, Any]:
+    return {
+        "meaning": SCORES[name].meaning,
+        "unit": SCORES[name].unit,
+        "threshold": threshold.value,
+        "false_positive_rate": threshold.false_positive_rate,
+        "false_positive_rate_low": threshold.low,
+        "false_positive_rate_high": threshold.high,
+        "normal_images": threshold.n,
+    }
+
+
+def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usual: Usual | None) -> dict[str, Any]:
+    """How well what is anomalous is told from what is not, where somebody said what is."""
+    told: dict[str, Any] = {}
+    for name in scores:
+        normal, anomalous = found.of(name, False), found.of(name, True)
+        if not len(normal) or not len(anomalous):
+            continue
+        protocol = f"{len(anomalous)} anomalous against {len(normal)} normal images; 95 % interval of 1,000 bootstraps"
+        for metric, interval in detection_metrics(normal, anomalous).items():
+            told[f"{metric}_{name}"] = {
+                "value": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "n": len(normal) + len(anomalous),
+                "protocol": protocol,
+            }
+    n = sum(not reason for reason in found.reasons)
+    if pixels is not None and any(found.truth):
+        best = pixels.best_dice
+        told["pixel_auroc"] = {"value": pixels.auroc, "n": n, "protocol": f"heat of all pixels of {n} images"}
+        how = f"heat above {best.threshold:.4g}, the best threshold for these very images"
+        told["best_dice"] = {"value": best.value, "n": n, "protocol": how}
+        if usual is not None:
+            how = f"heat above {usual.found:.4g}, which {1 - FOUND:.0%} of normal images' pixels exceed"
+            told["dice"] = {"value": pixels.dice(usual.found), "n": n, "protocol": how}
+    return told
+
+
+def write_table(path: Path, found: Found, thresholds: Mapping[str, Threshold], normals: Normal, deciding: str) -> Path:
+    """`scores.csv`: a row for each file, in the order of their names.
+
+    Columns: file; anomalous (1 where the deciding score is above its threshold); p_value (share of normal images, this
+    one counted in, that score as high); each score; label, where known; reason, why it was not scored.
+    """
+    reference = normals.scores[deciding].sort().values
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "anomalous", "p_value", *found.scores, "label", "reason"])
+    for i, (name, reason, truth) in enumerate(zip(found.names, found.reasons, found.truth, strict=True)):
+        label = "" if truth is None else int(truth)
+        if reason:
+            writer.writerow([name, "", "", *[""] * len(found.scores), label, reason])
+            continue
+        value = found.scores[deciding][i]
+        above = len(reference) - int(torch.searchsorted(reference, torch.tensor(value, dtype=torch.float64)))
+        p = (above + 1) / (len(reference) + 1)
+        called = int(value > thresholds[deciding].value)
+        columns = [f"{column[i]:.8g}" for column in found.scores.values()]
+        writer.writerow([name, called, f"{p:.4g}", *columns, label, ""])
+    write_atomically(path, text.getvalue().encode())
+    return path

@@ -1,0 +1,264 @@
+"""A trained model as a judge: it scores what it is shown, and says where in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.scores import score_images
+from introvae.apps.truth import Truth
+from introvae.data import ArrayData, preparation_from
+from introvae.data.each import Reading, each
+from introvae.errors import ConfigError, DataError
+from introvae.evaluation import load_for
+from introvae.measures.entries import at_once
+from introvae.metrics.detection import Mahalanobis, PixelCurve, Threshold, calibrate
+from introvae.metrics.features import feature_space
+from introvae.objectives import IntroVAE, Objective
+from introvae.pictures import save_picture, to_pil
+from introvae.training.run import Run
+
+NORMAL = 5_000
+"""At most so many held-out images calibrate the thresholds, and so many training images the latents' covariance."""
+FOUND, FULL = 0.99, 0.999
+"""Quantiles of the heat of normal images' pixels: above the first a pixel counts as found, at the second it has full
+colour.
+"""
+MAPPED = 256
+"""Normal images whose heat those quantiles are of."""
+
+
+@dataclass
+class Found:
+    """What became of each image, in order.
+
+    Arguments:
+        names, reasons: of all; the reason is empty where it was scored.
+        scores: of all, by name; NaN where it was not scored.
+        truth: whether it is anomalous, None where nobody knows.
+    """
+
+    names: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    truth: list[bool | None] = field(default_factory=list)
+
+    def add(self, reading: Reading, scores: Mapping[str, float], truth: bool | None, reason: str = "") -> None:
+        """One more image."""
+        self.names.append(reading.name)
+        self.reasons.append(reason or reading.reason)
+        self.truth.append(truth)
+        for name, column in self.scores.items():
+            column.append(scores.get(name, float("nan")))
+
+    def of(self, score: str, anomalous: bool | None = None) -> Tensor:
+        """A score of all images that have one, or of those that are known to be (ab)normal, float64."""
+        rows = [
+            value
+            for value, reason, truth in zip(self.scores[score], self.reasons, self.truth, strict=True)
+            if not reason and (anomalous is None or truth is anomalous)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+class Usual(NamedTuple):
+    """Heat that few pixels of normal images have.
+
+    Arguments:
+        found: that one in a hundred exceeds; a pixel above it is found.
+        full: that one in a thousand exceeds; full colour.
+    """
+
+    found: float
+    full: float
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What normal images score.
+
+    Arguments:
+        scores: by name, float64 `[N]`.
+        images: some of them, `[M, C, H, W]`; None of vectors.
+    """
+
+    scores: dict[str, Tensor]
+    images: Tensor | None
+
+
+class Judge:
+    """A run's model, and all that its scores need."""
+
+    def __init__(
+        self,
+        run: Run,
+        scores: Sequence[str],
+        features: str,
+        heatmap: str,
+        draws: int,
+        seed: int,
+        batch_size: int | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model = run.config(), run.model().to(device).eval()
+        if self.config.objective.encodes == "nothing":
+            raise ConfigError(
+                f"{run.folder} is a {type(self.config.objective).__name__}'s, without posteriors: give a VAE's"
+            )
+        if self.model.classes is not None:
+            raise ConfigError(f"{run.folder} is a model of classes, which would have to be known: give one without")
+        if self.model.shape is None:
+            raise ConfigError("the model was not built from a registered network: its shape is not known")
+        self.scores, self.map, self.seed, self.device = scores, heatmap, seed, device
+        self.pictures = len(self.model.shape) == 3
+        self.batch_size = batch_size or at_once(self.model.shape)
+        self.preparation = preparation_from(self.model.config["data"]) if self.model.config else None
+        beta_rec, beta_kl = betas_of(self.config.objective)
+        self.settings: dict[str, Any] = {
+            "beta_rec": beta_rec,
+            "beta_kl": beta_kl,
+            "draws": draws,
+            "seed": seed,
+            "features": feature_space(features) if "perceptual" in scores else None,
+            "latents": self._fitted() if "latent" in scores else None,
+        }
+
+    def _fitted(self) -> Mahalanobis:
+        """The law of the latents of what the run was trained on."""
+        data = load_for(self.config, self.model, None)
+        if not isinstance(data, ArrayData):
+            raise ConfigError("the score latent needs data of files or rows, not of a density: leave it out")
+        fitted = Mahalanobis(self.model.latent_dim)
+        some = data.train.some(NORMAL, torch.Generator().manual_seed(self.seed))
+        with torch.no_grad():
+            for start in range(0, len(some), self.batch_size):
+                x = some[slice(start, start + self.batch_size)].tensor(self.device)
+                fitted.update(self.model.encode(x).mode)
+        return fitted
+
+    def score(self, x: Tensor) -> dict[str, Tensor]:
+        """All scores of `x: [N, ...]`, float64 `[N]`."""
+        return score_images(self.model, x.to(self.device), self.scores, **self.settings)
+
+    def read(self, source: str | Path) -> Iterator[list[Reading]]:
+        """Everything of a source, a batch at a time; what has another shape than the model's is without an image."""
+        batch: list[Reading] = []
+        for reading in each(source, self.preparation):
+            if reading.x is not None and tuple(reading.x.shape) != self.model.shape:
+                reason = f"has shape {tuple(reading.x.shape)}, the model takes {self.model.shape}"
+                reading = Reading(reading.name, None, reason, reading.label)
+            batch.append(reading)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _normal(self, source: str | Path | None) -> Iterator[Tensor]:
+        if source is not None:
+            for batch in self.read(source):
+                images = [reading.x for reading in batch if reading.x is not None]
+                if images:
+                    yield torch.stack(images)
+            return
+        data = load_for(self.config, self.model, None)
+        if not isinstance(data, ArrayData):
+            raise ConfigError("a density has no held-out points: say what is normal with --normal FILE")
+        some = data.heldout.some(NORMAL, torch.Generator().manual_seed(self.seed))
+        for start in range(0, len(some), self.batch_size):
+            yield some[slice(start, start + self.batch_size)].tensor()
+
+    def calibrated(self, source: str | Path | None, rate: float) -> tuple[dict[str, Threshold], Normal]:
+        """The threshold of each score, and the scores and some images that it comes from."""
+        columns: dict[str, list[Tensor]] = {name: [] for name in self.scores}
+        kept: list[Tensor] = []
+        for x in self._normal(source):
+            for name, values in self.score(x).items():
+                columns[name].append(values.cpu())
+            if self.pictures and sum(map(len, kept)) < MAPPED:
+                kept.append(x)
+        if not columns[self.scores[0]]:
+            raise DataError(f"{source} has no normal image that can be read: give a folder of images that belong")
+        scores = {name: torch.cat(values) for name, values in columns.items()}
+        thresholds = {name: calibrate(values, rate) for name, values in scores.items()}
+        return thresholds, Normal(scores, torch.cat(kept)[:MAPPED] if kept else None)
+
+    def heat(self, x: Tensor) -> Tensor:
+        """Heat maps `[N, H, W]`."""
+        return MAPS[self.map](self.model, x.to(self.device)).cpu()
+
+    def usual(self, normals: Normal) -> Usual | None:
+        """The heat of normal images; None of vectors."""
+        if normals.images is None:
+            return None
+        maps = torch.cat([self.heat(x) for x in normals.images.split(self.batch_size)]).flatten()
+        ranks = (max(1, round(q * len(maps))) for q in (FOUND, FULL))
+        found, full = (float(maps.kthvalue(rank).values) for rank in ranks)
+        return Usual(found, max(full, 1e-12))
+
+    def search(self, images: str | Path, truth: Truth, pixels: PixelCurve | None) -> Found:
+        """Score everything, in order."""
+        found = Found(scores={name: [] for name in self.scores})
+        for batch in self.read(images):
+            able = [reading for reading in batch if reading.x is not None]
+            x = torch.stack([reading.x for reading in able if reading.x is not None]) if able else None
+            scores = {} if x is None else {name: values.tolist() for name, values in self.score(x).items()}
+            masks = None if truth.masks is None else [truth.masks.of(reading.name) for reading in able]
+            if pixels is not None and x is not None and masks is not None:
+                pixels.update(self.heat(x), torch.stack(masks))
+            row = 0
+            for reading in batch:
+                if reading.x is None:
+                    found.add(reading, {}, None)
+                    continue
+                its = {name: values[row] for name, values in scores.items()}
+                finite = all(abs(value) < float("inf") for value in its.values())
+                known = truth.of(reading.name, None if masks is None else masks[row])
+                found.add(reading, its, known, "" if finite else "a score is not finite")
+                row += 1
+        return found
+
+    def draw(
+        self, images: str | Path, found: Found, deciding: str, number: int, top: float, folder: Path
+    ) -> list[dict[str, Any]]:
+        """Pictures of the images with the highest scores: image, reconstruction, heat."""
+        able = [row for row, reason in enumerate(found.reasons) if not reason]
+        ranks = {row: rank for rank, row in enumerate(sorted(able, key=lambda i: -found.scores[deciding][i])[:number])}
+        told: dict[int, dict[str, Any]] = {}
+        for row, reading in enumerate(reading for batch in self.read(images) for reading in batch):
+            if row not in ranks or reading.x is None:
+                continue
+            x = reading.x[None].to(self.device)
+            heat = overlay(x.cpu(), self.heat(x), top)[0]
+            three = [part.expand(3, -1, -1) for part in (x[0].cpu(), self.model.reconstruct(x)[0].cpu(), heat)]
+            path = folder / f"{ranks[row]:04d}_{_plain(reading.name)}.png"
+            save_picture(to_pil(torch.cat(three, dim=2)), path)
+            told[ranks[row]] = {
+                "name": reading.name,
+                "score": found.scores[deciding][row],
+                "picture": f"{folder.name}/{path.name}",
+            }
+        return [told[rank] for rank in sorted(told)]
+
+
+def betas_of(objective: Objective) -> tuple[float, float]:
+    """The weights of squared error and KL in what an objective asks of real data; 1 and 1 where it has none.
+
+    Example:
+        >>> from introvae import IntroVAE, SoftIntroVAE
+        >>> betas_of(SoftIntroVAE(beta_kl=0.5)), betas_of(IntroVAE(beta=0.1))
+        ((1.0, 0.5), (0.05, 1.0))
+    """
+    if isinstance(objective, IntroVAE):
+        return objective.beta / 2, 1.0
+    return float(getattr(objective, "beta_rec", 1.0)), float(getattr(objective, "beta_kl", 1.0))
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)[:60]

@@ -1,0 +1,145 @@
+"""What is known of images that are searched for anomalies: labels in a table, masks in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from introvae.data import preparation_from
+from introvae.data.images import read_one
+from introvae.data.preparation import Preparation
+from introvae.errors import ConfigError, DataError
+from introvae.model import IntrospectiveVAE
+
+log = logging.getLogger("introvae")
+
+ANOMALOUS = {"1", "1.0", "true", "yes", "anomalous", "anomaly", "abnormal", "defect", "bad"}
+NORMAL = {"0", "0.0", "false", "no", "normal", "good", "ok"}
+"""What may stand in the label column of a table, in capitals or not."""
+
+
+def read_labels(path: str | Path) -> dict[str, bool]:
+    """Which files are anomalous: a CSV with a column of file names (the first) and one of labels (`label` or
+    `anomalous`, else the second).
+
+    Raises:
+        DataError: it cannot be read, has one column, a label that means neither, or a name twice with different ones.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "labels.csv").write_text("file,label\\na.png,0\\nb.png,anomalous\\n")
+        ...     read_labels(Path(folder, "labels.csv"))
+        {'a.png': False, 'b.png': True}
+    """
+    from introvae.data.tables import read_table
+
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: give a CSV with the columns file,label")
+    table = read_table(path)
+    if table.shape[1] < 2:
+        raise DataError(f"{path} has one column ({table.columns[0]}): give a CSV with the columns file,label")
+    called = {str(name).strip().lower(): name for name in table.columns}
+    column = next((called[name] for name in ("label", "anomalous") if name in called), table.columns[1])
+    found: dict[str, bool] = {}
+    for name, label in zip(table[table.columns[0]].astype(str), table[column].astype(str), strict=True):
+        word = label.strip().lower()
+        if word not in ANOMALOUS | NORMAL:
+            raise DataError(f"{path}: the label of {name} is {label!r}: give 0 (normal) or 1 (anomalous)")
+        key = name.replace("\\", "/").removeprefix("./")
+        if found.setdefault(key, word in ANOMALOUS) != (word in ANOMALOUS):
+            raise DataError(f"{path}: {name} stands there as normal and as anomalous: keep one of them")
+    return found
+
+
+class Masks:
+    """Masks of the anomalous pixels, one file for each anomalous image; an image without one has none.
+
+    A mask lies in the folder where its image lies in the images' folder, with the same name up to the suffix, or with
+    `_mask` after it. Pixels above half of the mask's brightest are anomalous, so 0 and 1 will do as well as 0 and 255.
+
+    Arguments:
+        folder: of the masks.
+        preparation: the images': a mask is brought to size as its image is, so that they fit.
+
+    Raises:
+        DataError: no such folder, or a mask that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, preparation: Preparation) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(f"there is no folder {folder}: give the one with the masks")
+        # A mask is black and white already, and must not be stretched to a window of grey values.
+        self.preparation = dataclasses.replace(preparation, channels=1, percentiles=None, window=None)
+        self.files: dict[str, Path] = {}
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                key = file.relative_to(self.folder).with_suffix("").as_posix().removesuffix("_mask")
+                if self.files.setdefault(key, file) != file:
+                    raise DataError(f"{file} and {self.files[key]} are masks of the same image: keep one of them")
+        self.used: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def of(self, name: str) -> Tensor:
+        """The mask of the image `name`, bool `[H, W]`."""
+        key = Path(name).with_suffix("").as_posix()
+        if key not in self.files:
+            return torch.zeros(self.preparation.size, dtype=torch.bool)
+        self.used.add(key)
+        ((_, pixels),) = read_one(self.files[key], self.preparation)
+        return torch.from_numpy(pixels[0] > pixels.max() / 2)
+
+    def unused(self) -> list[str]:
+        """Masks whose image was not there."""
+        return sorted(str(self.files[key]) for key in self.files.keys() - self.used)
+
+
+class Truth:
+    """What is known of the images.
+
+    Arguments:
+        labels: by file name.
+        masks: of pixels.
+    """
+
+    def __init__(self, labels: dict[str, bool] | None = None, masks: Masks | None = None) -> None:
+        self.labels, self.masks = labels, masks
+
+    @classmethod
+    def read(cls, labels: str | Path | None, masks: str | Path | None, model: IntrospectiveVAE) -> Truth:
+        """From a file and a folder."""
+        preparation = preparation_from(model.config["data"]) if model.config else None
+        if masks is not None and not isinstance(preparation, Preparation):
+            raise ConfigError("masks need a model that was trained on pictures: leave --masks out")
+        found = None if labels is None else read_labels(labels)
+        return cls(found, Masks(masks, preparation) if isinstance(preparation, Preparation) and masks else None)
+
+    def of(self, name: str, mask: Tensor | None) -> bool | None:
+        """Whether an image is anomalous."""
+        if self.labels is not None:
+            return self.labels.get(name)
+        return None if mask is None else bool(mask.any())
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise `DataError` where labels or masks fit none of these images: a folder or a naming that differs."""
+        if self.labels is not None and not self.labels.keys() & set(names):
+            raise DataError(
+                f"none of the {len(self.labels):,} names in the labels ({next(iter(self.labels), '')!r}) is one of the "
+                f"images' ({names[0]!r}): give paths inside the images' folder"
+            )
+        if self.masks is not None and not self.masks.used:
+            raise DataError(
+                f"none of the {len(self.masks):,} masks in {self.masks.folder} has the name of an image "
+                f"({names[0]!r}): give them the images' names"
+            )
+        for path in self.masks.unused() if self.masks is not None else []:
+            log.info("no image for the mask %s", path)

@@ -1,0 +1,120 @@
+"""One picture or row after the other, with what is wrong with it: for uses that must account for every file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from introvae.data import is_table, load_data
+from introvae.data.arrays import ArrayData, Part
+from introvae.data.files import read_array_file
+from introvae.data.images import Result, ordered, read_item, strict_pillow
+from introvae.data.options import DataOptions
+from introvae.data.preparation import Preparation
+from introvae.data.sources import FolderSource, Item
+from introvae.data.tables import TablePreparation, read_rows
+from introvae.errors import DataError
+
+AT_ONCE = 256
+"""Rows of data in memory that are made floats at a time."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A picture or row, or why there is none.
+
+    Arguments:
+        name: path inside the folder (of a scan's slice with its number), or the row.
+        x: as the model takes it, `[C, H, W]` float32 in [0, 1] or `[D]`; None where it cannot be read.
+        reason: why not.
+        label: class folder or label column, None where unknown.
+    """
+
+    name: str
+    x: Tensor | None
+    reason: str = ""
+    label: str | int | None = None
+
+
+def each(source: str | Path, preparation: Preparation | TablePreparation | None) -> Iterator[Reading]:
+    """Everything that a source holds, in a stable order: files by name, rows of tables and arrays as they come.
+
+    A folder or a single file is read a few pictures at a time, so that millions need no memory, and what cannot be used
+    comes as a `Reading` with a reason; nothing is left out. Images in Parquet files and on the hub are loaded as
+    `load_data` loads them, training part first; what was skipped comes with its reason, at the end.
+
+    Arguments:
+        source: as `--data` takes it.
+        preparation: the model's, so that pictures are prepared as those it was trained on.
+
+    Raises:
+        DataError: the source is unknown or cannot be opened.
+
+    Example:
+        >>> first = next(each("digits", None))
+        >>> first.name, first.x.shape
+        ('row 0', torch.Size([1, 8, 8]))
+    """
+    path = Path(source).expanduser()
+    if isinstance(preparation, Preparation) and _holds_files(path):
+        yield from _files(path, preparation)
+        return
+    if isinstance(preparation, TablePreparation) and is_table(path):
+        yield from _rows(Part(read_rows(path, preparation)))
+        return
+    if path.suffix.lower() in (".npy", ".npz") and path.is_file():
+        yield from _rows(read_array_file(path, preparation if isinstance(preparation, Preparation) else None))
+        return
+    data = load_data(source, None, preparation)
+    if not isinstance(data, ArrayData):
+        raise DataError(f"{source} are points of a density, without an end: give files or rows")
+    first = 0
+    for part in (data.train, data.heldout):
+        yield from _rows(part, data.class_names, first)
+        first += len(part)
+    for name, reason in data.intake.skipped if data.intake is not None else ():
+        yield Reading(name, None, reason)
+
+
+def _rows(part: Part, class_names: Sequence[str] = (), first: int = 0) -> Iterator[Reading]:
+    for start in range(0, len(part), AT_ONCE):
+        some = part[slice(start, start + AT_ONCE)]
+        names = some.names or [f"row {first + start + i}" for i in range(len(some))]
+        labels = [None] * len(some) if some.labels is None else some.labels.tolist()
+        for name, x, label in zip(names, some.tensor(), labels, strict=True):
+            yield Reading(name, x, label=_named(label, class_names))
+
+
+def _named(label: int | None, names: Sequence[str]) -> str | int | None:
+    """The class that an index stands for; None for the index of no class."""
+    if label is None or label < 0:
+        return None
+    return names[label] if label < len(names) else label
+
+
+def _holds_files(path: Path) -> bool:
+    from introvae.data.sources import holds_parquet
+
+    arrays = (".npy", ".npz", ".parquet", ".csv", ".tsv")
+    return (path.is_file() and path.suffix.lower() not in arrays) or (path.is_dir() and not holds_parquet(path))
+
+
+def _files(path: Path, preparation: Preparation) -> Iterator[Reading]:
+    options = DataOptions(axis=preparation.axis, slices=preparation.slices)
+    source = FolderSource(path, options)
+
+    def read(items: Sequence[Item]) -> list[Result]:
+        return [read_item(item, options, preparation) for item in items]
+
+    items = iter(sorted(source.items(), key=lambda item: item.name))
+    with strict_pillow():
+        for item, found in ordered(read, items):
+            for name, image in found or [(item.name, "holds no picture")]:
+                if isinstance(image, str):
+                    yield Reading(name, None, image, item.label)
+                else:
+                    yield Reading(name, torch.from_numpy(image).float() / 255, label=item.label)

@@ -1,0 +1,299 @@
+"""Searching for what does not belong: every file is accounted for, and one image scores alone as among many."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from commands import Command, Refused, call
+from introvae import ConfigError, DataError, Run, cli_detect
+from introvae.apps import judge as judging
+from introvae.apps.detect import DEFAULT, detect
+from introvae.apps.judge import Judge
+from introvae.apps.scores import SCORES
+from introvae.apps.truth import read_labels
+from introvae.data.each import each
+from introvae.metrics.detection import detection_metrics
+from introvae.training.devices import pick_device
+
+TRAIN = ["--recipe", "none", "--quiet", "--steps", "60", "--batch-size", "16", "--lr", "0.003"]
+
+
+def disc(i: int, square: bool = False, side: int = 16) -> np.ndarray:
+    """A grey disc that lies somewhere, dark around it; an anomaly has a white square, too."""
+    generator = np.random.default_rng(i)
+    y, x = np.mgrid[:side, :side]
+    cy, cx = generator.uniform(5, 10, 2)
+    picture = np.where((y - cy) ** 2 + (x - cx) ** 2 < 12, 150, 20) + generator.integers(0, 10, (side, side))
+    if square:
+        picture[1:5, 10:14] = 255
+    return picture.astype(np.uint8)
+
+
+def write(folder: Path, numbers: range, square: bool = False) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in numbers:
+        Image.fromarray(disc(i, square)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on discs, and a folder with discs, others with a square, and what nobody can read; not to be changed."""
+    folder = tmp_path_factory.mktemp("detect")
+    write(folder / "good", range(400, 640))
+    write(folder / "new" / "in", range(200, 230))
+    write(folder / "new" / "out", range(300, 312), square=True)
+    (folder / "new" / "broken.png").write_bytes(b"no picture")
+    (folder / "new" / "empty.jpg").write_bytes(b"")
+    (folder / "new" / "notes.txt").write_text("hello")
+    Image.new("L", (2, 2)).save(folder / "new" / "tiny.png")
+    Image.fromarray(np.tile(disc(5), (4, 9))).save(folder / "new" / "wide.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "new" / "huge.png")
+    content = (folder / "good" / "403.png").read_bytes()
+    (folder / "new" / "cut.png").write_bytes(content[: len(content) // 2])
+    for i in range(300, 312):
+        mask = np.zeros((16, 16), np.uint8)
+        mask[1:5, 10:14] = 1  # 0 and 1 are as good as 0 and 255
+        (folder / "masks" / "out").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(folder / "masks" / "out" / f"{i:03d}_mask.png")
+    rows = [f"in/{i:03d}.png,normal" for i in range(200, 230)] + [f"./out/{i:03d}.png,1" for i in range(300, 312)]
+    (folder / "labels.csv").write_text("file,label\n" + "\n".join(rows) + "\n")
+    out = ["--network", "mlp", "--network_options.hidden", 64, "--latent-dim", 4, "--out", folder / "run"]
+    assert call("fit", "--data", folder / "good", *TRAIN, "--steps", 400, *out) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(home: Path) -> dict[str, Any]:
+    return detect(home / "run", home / "new", labels=home / "labels.csv", masks=home / "masks", out=home / "found")
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_file_is_a_row_in_the_order_of_names_and_what_is_not_scored_has_a_reason(
+    home: Path, report: dict[str, Any]
+) -> None:
+    rows = table(home / "found")
+    names = sorted(p.relative_to(home / "new").as_posix() for p in (home / "new").rglob("*") if p.is_file())
+    assert [row["file"] for row in rows] == names
+    reasons = {row["file"]: row["reason"] for row in rows if row["reason"]}
+    assert reasons.keys() == {"broken.png", "cut.png", "empty.jpg", "huge.png", "notes.txt", "tiny.png"}
+    assert "too small" in reasons["tiny.png"]
+    assert "truncated" in reasons["cut.png"]
+    for row in rows:
+        empty = [row[name] == "" for name in ("anomalous", "p_value", "error", "kl", "neg_elbo", "latent")]
+        assert all(empty) if row["reason"] else not any(empty)
+    assert report["counts"] == {
+        "found": len(rows),
+        "scored": len(rows) - len(reasons),
+        "called_anomalous": sum(row["anomalous"] == "1" for row in rows),
+    }
+
+
+def test_what_has_a_square_is_found_and_where_it_is(home: Path, report: dict[str, Any]) -> None:
+    rows = table(home / "found")
+    metrics = report["metrics"]
+    assert metrics["auroc_neg_elbo"]["value"] > 0.95
+    assert metrics["pixel_auroc"]["value"] > 0.85
+    assert 0 < metrics["dice"]["value"] <= metrics["best_dice"]["value"] + 1e-9
+    kinds = [
+        torch.tensor([float(row["neg_elbo"]) for row in rows if row["label"] == label], dtype=torch.float64)
+        for label in "01"
+    ]
+    assert [len(kind) for kind in kinds] == [30, 12]
+    again = detection_metrics(*kinds)["auroc"]
+    assert metrics["auroc_neg_elbo"]["value"] == pytest.approx(again.value, abs=1e-9)
+    assert metrics["auroc_neg_elbo"]["low"] <= again.value <= metrics["auroc_neg_elbo"]["high"]
+
+
+def test_thresholds_and_p_values_are_of_the_images_that_the_run_held_out(home: Path, report: dict[str, Any]) -> None:
+    judge = Judge(Run.open(home / "run"), ["neg_elbo"], "randconv", "residual", 1, 0, None, pick_device("cpu"))
+    from introvae.data import ArrayData
+    from introvae.evaluation import load_for
+
+    data = load_for(judge.config, judge.model, None)
+    assert isinstance(data, ArrayData)
+    normal = judge.score(data.heldout.tensor())["neg_elbo"]
+    about = report["scores"]["neg_elbo"]
+    assert about["normal_images"] == len(normal) == 24
+    assert float((normal > about["threshold"]).double().mean()) <= 0.05 + 1e-9
+    assert about["false_positive_rate_low"] < 0.05 < about["false_positive_rate_high"]
+    for row in table(home / "found"):
+        if not row["reason"]:
+            value = float(row["neg_elbo"])
+            assert row["anomalous"] == str(int(value > about["threshold"]))
+            p = (int((normal >= value * (1 - 1e-6)).sum()) + 1) / (len(normal) + 1)
+            assert float(row["p_value"]) == pytest.approx(p, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_one_image_scores_alone_as_in_a_batch(home: Path, tmp_path: Path, report: dict[str, Any], batch: int) -> None:
+    names = ["error", "kl", "neg_elbo", "latent", "neg_log_likelihood", "perceptual", "complexity"]
+    for out, size in ((tmp_path / "a", batch), (tmp_path / "b", 5)):
+        detect(home / "run", home / "new", scores=names, draws=8, batch_size=size, maps=0, out=out)
+    for one, other in zip(table(tmp_path / "a"), table(tmp_path / "b"), strict=True):
+        assert one["file"] == other["file"]
+        for name in names:
+            if not one["reason"]:
+                assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-4)
+
+
+def test_the_page_and_the_maps_show_the_highest(home: Path, report: dict[str, Any]) -> None:
+    page = (home / "found" / "report.html").read_text(encoding="utf-8")
+    for word in ("broken.png", "pixel_auroc", "held out", "data:image/png;base64,", "AUROC"):
+        assert word in page
+    assert "http" not in page.replace("http-equiv", "")
+    maps = report["maps"]
+    assert len(maps) == 24
+    scores = [entry["score"] for entry in maps]
+    assert scores == sorted(scores, reverse=True)
+    with Image.open(home / "found" / maps[0]["picture"]) as picture:
+        assert picture.size == (48, 16)  # image, reconstruction, heat
+    assert json.loads((home / "found" / "report.json").read_text())["metrics"] == report["metrics"]
+
+
+def test_a_folder_of_normal_images_sets_the_thresholds(home: Path, tmp_path: Path) -> None:
+    report = detect(home / "run", home / "new" / "out", normal=home / "new" / "in", out=tmp_path, maps=2)
+    assert report["scores"]["error"]["normal_images"] == 30
+    assert report["metrics"] == {}
+    assert len(list((tmp_path / "maps").iterdir())) == 2
+
+
+def test_memory_does_not_grow_with_the_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than a batch of images is held."""
+    seen: list[int] = []
+    score = Judge.score
+
+    def counted(self: Judge, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(len(x))
+        return score(self, x)
+
+    monkeypatch.setattr(judging.Judge, "score", counted)
+    detect(home / "run", home / "new", batch_size=4, maps=0, out=tmp_path)
+    assert max(seen) == 4
+
+
+def test_rows_of_a_table_are_scored(command: Command, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(200, 3))
+    lines = ["a,b,c", *(",".join(f"{v:.5f}" for v in row) for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    (tmp_path / "odd.csv").write_text("a,b,c\n0.1,0.2,0.1\n9,-9,9\n")
+    said = command("fit", "--data", tmp_path / "rows.csv", *TRAIN, "--latent-dim", 2, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    said = command("detect", tmp_path / "run", "--images", tmp_path / "odd.csv", "--out", tmp_path / "found")
+    assert said.code == 0, said.err
+    one, two = table(tmp_path / "found")
+    assert float(two["neg_elbo"]) > float(one["neg_elbo"])
+    assert two["anomalous"] == "1"
+    assert not (tmp_path / "found" / "maps").exists()
+
+
+@pytest.mark.parametrize("kind", ["images.npy", "images.npz", "vectors.npy", "parts.npz"])
+def test_arrays_come_in_their_order(tmp_path: Path, kind: str) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    vectors = x.reshape(300, 64)[:, :5].astype(np.float32)
+    if kind == "images.npy":
+        np.save(tmp_path / kind, x)
+    elif kind == "vectors.npy":
+        np.save(tmp_path / kind, vectors)
+    elif kind == "images.npz":
+        np.savez(tmp_path / kind, images=x, labels=np.arange(300) % 3)
+    else:
+        np.savez(tmp_path / kind, train_images=x[:200], test_images=x[200:])
+    found = list(each(tmp_path / kind, None))
+    assert [reading.name for reading in found] == [f"row {i}" for i in range(300)]
+    for i, reading in enumerate(found):
+        assert reading.x is not None
+        expected = vectors[i] if kind == "vectors.npy" else x[i, None] / np.float32(255)
+        assert np.array_equal(reading.x.numpy(), expected)
+        assert reading.label == (i % 3 if kind == "images.npz" else None)
+
+
+def test_digits_come_as_rows() -> None:
+    found = list(each("digits", None))
+    assert len({reading.name for reading in found}) == len(found) == 1797
+    assert all(reading.x is not None and reading.x.shape == (1, 8, 8) for reading in found)
+
+
+def test_the_help_lists_the_scores_that_there_are() -> None:
+    assert cli_detect.SCORES.keys() == SCORES.keys()
+    assert tuple(cli_detect.DEFAULT.split(",")) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("file,label\na.png,0\nb/c.png,1\n", {"a.png": False, "b/c.png": True}),
+        ("name;anomalous;label2\na.png;yes;0\n", {"a.png": True}),
+        ("x,y\n.\\b\\c.png,GOOD\n", {"b/c.png": False}),
+    ],
+)
+def test_labels_are_read(tmp_path: Path, text: str, found: dict[str, bool]) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    assert read_labels(tmp_path / "labels.csv") == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na.png,maybe\n", "label of a.png is 'maybe': give 0"),
+        ("file\na.png\n", "has one column"),
+        ("file,label\na.png,0\na.png,1\n", "a.png stands there as normal and as anomalous"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_labels(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scores", "error,nope"], "unknown score 'nope'"),
+        (["--scores", ","], "no score is named"),
+        (["--by", "latent", "--scores", "kl"], "latent.*is not among kl"),
+        (["--rate", "0"], "false_positive_rate is 0"),
+        (["--labels", "missing.csv"], "there is no file missing.csv"),
+        (["--masks", "missing"], "there is no folder missing"),
+        (["--map", "warm"], "unknown heatmap 'warm'"),
+        (["--draws", "0"], "draws is 0"),
+        (["--maps", "-1"], "maps is -1"),
+    ],
+)
+def test_wrong_words_are_refused(home: Path, refused: Refused, words: list[str], message: str) -> None:
+    import re
+
+    said = refused("detect", home / "run", "--images", home / "new" / "in", *words)
+    assert re.search(message, said), said
+
+
+def test_labels_and_masks_of_other_images_are_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nelsewhere.png,1\n")
+    with pytest.raises(DataError, match="none of the 1 names in the labels"):
+        detect(home / "run", home / "new", labels=tmp_path / "labels.csv", out=tmp_path)
+    with pytest.raises(DataError, match="none of the 12 masks"):
+        detect(home / "run", home / "new" / "in", masks=home / "masks", out=tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"nothing that can be scored \(empty file"):
+        detect(home / "run", tmp_path / "none", out=tmp_path / "x")
+
+
+def test_a_density_has_nothing_held_out(command: Command, tmp_path: Path) -> None:
+    said = command("fit", "--data", "density:rings", *TRAIN, "--steps", 2, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    with pytest.raises(ConfigError, match="density"):
+        detect(tmp_path / "run", "density:rings", scores=["error"], out=tmp_path)
