@@ -214,7 +214,8 @@ class Hand:
         relative = self.means["gap"] / max(self.means["kl"], 0.1)
         outside = min(relative, 0.0) if relative < 0 else max(relative - 0.5, 0.0)
         inside = 0.005 * math.log(self.home / self.exponent) if outside == 0 else 0.0
-        self.exponent *= math.exp(inside + min(max(0.5 * outside, -0.04), 0.04))
+        most = 0.01 if self.settled else 0.04
+        self.exponent *= math.exp(inside + min(max(0.5 * outside, -most), most))
         self.exponent = min(max(self.exponent, 1.0), 10.0)
         return self.value()
 

@@ -19,17 +19,9 @@ from torch import Tensor
 
 from commands import REMEDY
 from introvae.errors import CheckpointError, ConfigError, DataError
-from introvae.metrics.detection import (
-    MANTISSA,
-    METRICS,
-    ROC_POINTS,
-    Interval,
-    Mahalanobis,
-    PixelCurve,
-    calibrate,
-    detection_metrics,
-    roc_curve,
-)
+from introvae.metrics.detection import METRICS, ROC_POINTS, Interval, calibrate, detection_metrics, roc_curve
+from introvae.metrics.mahalanobis import Mahalanobis
+from introvae.metrics.pixel_curve import MANTISSA, PixelCurve
 
 PHI = torch.special.ndtr
 

@@ -16,7 +16,6 @@ from introvae.errors import ConfigError, IntrovaeError
 from introvae.machine import speaks
 
 if TYPE_CHECKING:
-
     from introvae.training.loop import Trainer
     from introvae.training.run import Run
 

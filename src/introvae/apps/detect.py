@@ -19,7 +19,8 @@ from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
 from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.files import write_atomically
-from introvae.metrics.detection import PixelCurve, Threshold, detection_metrics
+from introvae.metrics.detection import Threshold, detection_metrics
+from introvae.metrics.pixel_curve import PixelCurve
 from introvae.training.devices import pick_device
 from introvae.training.run import Run
 
@@ -158,7 +159,8 @@ def _check(
             raise unknown("score", name, list(SCORES))
     if not scores or deciding not in scores:
         raise ConfigError(
-            f"the score that decides ({deciding}) is not among {', '.join(scores) or 'none'}: add it, or choose one of them"
+            f"the score that decides ({deciding}) is not among {', '.join(scores) or 'none'}: add it, or choose one of "
+            "them"
         )
     if not 0 < rate < 1:
         raise ConfigError(f"false_positive_rate is {rate}: give a number between 0 and 1, such as 0.05")

@@ -18,8 +18,10 @@ from introvae.data.each import Reading, each
 from introvae.errors import ConfigError, DataError
 from introvae.evaluation import load_for
 from introvae.measures.entries import at_once
-from introvae.metrics.detection import Mahalanobis, PixelCurve, Threshold, calibrate
+from introvae.metrics.detection import Threshold, calibrate
 from introvae.metrics.features import feature_space
+from introvae.metrics.mahalanobis import Mahalanobis
+from introvae.metrics.pixel_curve import PixelCurve
 from introvae.objectives import IntroVAE, Objective
 from introvae.pictures import save_picture, to_pil
 from introvae.training.run import Run

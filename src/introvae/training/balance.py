@@ -20,6 +20,8 @@ BAND = (0.0, 0.5)
 above it the encoder sees more than the decoder can follow."""
 GAIN, MOST_CHANGE = 0.5, 0.04
 """Change of ln(exponent) at a look: gain times the distance from the band, at most 4 %."""
+SLOW_CHANGE = 0.01
+"""The same where fakes settle above real data: KLs of images take hundreds of steps to answer, and fakes begin below."""
 RETURN = 0.005
 """Share of ln(exponent / home) that a look inside the band takes back: half the way in about 1,400 steps."""
 START, HOME = 2.5, 1.5
@@ -153,10 +155,10 @@ class Gap:
     `START` and goes to `HOME`, and beta_neg follows KL(real). Where `surplus_exponent` of the warm-up's KL is larger,
     as on images, it begins and stays there, and the KL is the one where fakes settle, `SURPLUS` times the warm-up's:
     KL(real) follows the fakes, and a beta_neg that followed it in turn would make a high KL of the first steps last.
-    When KL(fake) falls under KL(real), the adversary sleeps,
-    and the exponent falls towards `LEAST`, where the push is strongest; when KL(fake) is far above, it rises, at most
-    to `MOST`. Inside the band it goes home: what a moment needed, such as the first steps against a decoder that knows
-    no adversary, must not last, since with a large exponent the encoder has no push left and KL(real) decays.
+    When KL(fake) falls under KL(real), the adversary sleeps, and the exponent falls towards `LEAST`, where the push is
+    strongest; when KL(fake) is far above, it rises, at most to `MOST`. Inside the band it goes home: what a moment
+    needed, such as the first steps against a decoder that knows no adversary, must not last, since with a large
+    exponent the encoder has no push left and KL(real) decays.
 
     Arguments:
         objective: `SoftIntroVAE` or `ASIntroVAE`.
@@ -190,7 +192,8 @@ class Gap:
         relative = averages["gap"] / averages["kl"].clamp(min=LEAST_KL)
         outside = relative - relative.clamp(*BAND)
         back = RETURN * ((self._home * self._factor).clamp(LEAST, MOST) / self._exponent).log()
-        change = torch.where(outside == 0, back, (GAIN * outside).clamp(-MOST_CHANGE, MOST_CHANGE))
+        most = torch.where(self._settled > 0, SLOW_CHANGE, MOST_CHANGE)
+        change = torch.where(outside == 0, back, (GAIN * outside).clamp(-most, most))
         change = torch.where((kl_fake - kl_real).isfinite(), change, 0.0)
         self._exponent.mul_(change.exp()).clamp_(LEAST, MOST)
         self._follow(value)
