@@ -21,7 +21,7 @@ above it the encoder sees more than the decoder can follow."""
 GAIN, MOST_CHANGE = 0.5, 0.04
 """Change of ln(exponent) at a look: gain times the distance from the band, at most 4 %."""
 SLOW_CHANGE = 0.01
-"""The same where fakes settle above real data: KLs of images take hundreds of steps to answer, and fakes begin below."""
+"""The same where fakes settle above real data: KLs of images take hundreds of steps to answer."""
 RETURN = 0.005
 """Share of ln(exponent / home) that a look inside the band takes back: half the way in about 1,400 steps."""
 START, HOME = 2.5, 1.5
