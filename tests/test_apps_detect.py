@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,21 @@ def test_a_folder_of_normal_images_sets_the_thresholds(home: Path, tmp_path: Pat
     assert report["scores"]["error"]["normal_images"] == 30
     assert report["metrics"] == {}
     assert len(list((tmp_path / "maps").iterdir())) == 2
+
+
+def test_a_run_whose_data_are_gone_still_detects_where_it_is_told_what_is_normal(
+    home: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(home / "run", tmp_path / "run")
+    settings = (tmp_path / "run" / "config.yaml").read_text().replace(str(home / "good"), str(tmp_path / "gone"))
+    (tmp_path / "run" / "config.yaml").write_text(settings)
+    words = ["detect", tmp_path / "run", "--images", home / "new" / "out", "--out", tmp_path / "found", "--maps", 0]
+    said = command(*words, "--normal", home / "new" / "in")
+    assert said.code == 0, said.err
+    assert "without the score latent" in said.out
+    assert "latent" not in table(tmp_path / "found")[0]
+    assert command(*words).code == 2
+    assert command(*words, "--normal", home / "new" / "in", "--scores", "latent").code == 2
 
 
 def test_memory_does_not_grow_with_the_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def detect(words: list[str]) -> None:
     parser.add_argument("--normal", help="what is normal, for the thresholds (default: what the run held out)")
     parser.add_argument("--labels", help="a CSV of file names and labels, 0 normal and 1 anomalous")
     parser.add_argument("--masks", help="a folder with masks of the anomalous pixels, named as the images")
-    parser.add_argument("--scores", default=DEFAULT, help=f"joined by commas (default: {DEFAULT})")
+    parser.add_argument("--scores", help=f"joined by commas (default: {DEFAULT})")
     parser.add_argument("--by", help="the score that decides (default: neg_elbo, or the first)")
     parser.add_argument("--rate", type=float, default=0.05, help="share of false alarms allowed (default: 0.05)")
     parser.add_argument("--maps", type=int, default=24, help="how many heat maps, of the highest (default: 24)")
@@ -49,7 +49,7 @@ def detect(words: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--out", help="folder of the results (default: RUN/detect/NAME)")
     own = parser.parse_args(words)
-    if not own.scores.strip(","):
+    if own.scores is not None and not own.scores.strip(","):
         raise ConfigError(f"no score is named: choose some of {', '.join(SCORES)}")
     from introvae.apps.detect import detect as search
     from introvae.apps.detect import table
@@ -60,7 +60,7 @@ def detect(words: list[str]) -> None:
         normal=own.normal,
         labels=own.labels,
         masks=own.masks,
-        scores=[name.strip() for name in own.scores.split(",") if name.strip()],
+        scores=None if own.scores is None else [name.strip() for name in own.scores.split(",") if name.strip()],
         deciding=own.by,
         false_positive_rate=own.rate,
         maps=own.maps,

@@ -39,7 +39,7 @@ def detect(
     normal: str | Path | None = None,
     labels: str | Path | None = None,
     masks: str | Path | None = None,
-    scores: Sequence[str] = DEFAULT,
+    scores: Sequence[str] | None = None,
     deciding: str | None = None,
     false_positive_rate: float = 0.05,
     maps: int = 24,
@@ -64,7 +64,7 @@ def detect(
         labels: a CSV of file names and 0 (normal) or 1 (anomalous); see `read_labels`.
         masks: a folder with masks of the anomalous pixels; see `Masks`. Without labels, an image with a mask is
             anomalous and any other normal.
-        scores: names from `SCORES`.
+        scores: names from `SCORES`; by default `DEFAULT`, without `latent` where the run's data are not there any more.
         deciding: the score whose threshold makes the column `anomalous`; by default `neg_elbo`, or the first of them.
         false_positive_rate: share of normal images that may be called anomalous.
         maps: heat maps are drawn for so many images with the highest deciding scores.
@@ -90,11 +90,19 @@ def detect(
         'runs/mine/detect/inbox'
     """
     run = run if isinstance(run, Run) else Run.open(run)
+    asked, scores = scores is not None, list(DEFAULT if scores is None else scores)
     deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))
     one_of(tuple(MAPS), heatmap=heatmap)
     _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
     place = pick_device(device)
-    judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
+    try:
+        judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
+    except DataError as error:
+        if asked or normal is None:
+            raise
+        log.info("without the score latent: %s", error)
+        scores.remove("latent")
+        judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
     truth = Truth.read(labels, masks, judge.model)
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
     usual = judge.usual(normals)
