@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from introvae.apps.scores import evaluating
 from introvae.data import Part
 from introvae.errors import ConfigError, DataError, positive, whole
 from introvae.measures.entries import BATCH, at_once
@@ -27,19 +27,6 @@ class Batch(NamedTuple):
 
     x: Tensor
     condition: Condition = None
-
-
-@contextmanager
-def evaluating(model: IntrospectiveVAE) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; every module is left as it was found."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def batches(model: IntrospectiveVAE, part: Part, names: Sequence[str] = ()) -> Iterator[Batch]:
@@ -71,7 +58,7 @@ def latents(model: IntrospectiveVAE, x: Tensor | Iterable[Batch], condition: Con
     if isinstance(x, Tensor):
         size = _size(model)
         x = map(Batch, x.split(size), _parts(model, condition, len(x), size))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         found = [model.encode(part.to(model.device), of).mode.cpu() for part, of in x]
     if not sum(map(len, found)):
         raise DataError("there are no samples: give at least one")
@@ -81,7 +68,7 @@ def latents(model: IntrospectiveVAE, x: Tensor | Iterable[Batch], condition: Con
 def decoded(model: IntrospectiveVAE, z: Tensor, condition: Condition = None) -> Tensor:
     """The samples of latents `[N, Z]`, on the CPU; a bounded number is decoded at a time."""
     size = _size(model)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         parts = zip(z.split(size), _parts(model, condition, len(z), size), strict=True)
         return torch.cat([model.decode(part.to(model.device), of).cpu() for part, of in parts])
 
@@ -288,7 +275,7 @@ def mix_styles(
     sets = []
     for x, of in ((coarse, condition), (fine, fine_condition)):
         sets.append(zip(latents(model, x, of).split(size), _parts(model, of, len(x), size), strict=True))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for pair in zip(*sets, strict=True):
             z = [part.to(model.device) for part, _ in pair]
             if isinstance(decoder, ConditionalDecoder) and model.classes is not None:

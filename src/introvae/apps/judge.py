@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from introvae.apps.heatmaps import MAPS, overlay
 from introvae.apps.scores import score_images
 from introvae.apps.truth import Truth
-from introvae.data import ArrayData, preparation_from
+from introvae.data import ArrayData, Data, preparation_from
 from introvae.data.each import Reading, each
 from introvae.errors import ConfigError, DataError
 from introvae.evaluation import load_for
@@ -131,9 +132,14 @@ class Judge:
             "latents": self._fitted() if "latent" in scores else None,
         }
 
+    @cached_property
+    def _own(self) -> Data:
+        """What the run was trained on and held out, read once."""
+        return load_for(self.config, self.model, None)
+
     def _fitted(self) -> Mahalanobis:
         """The law of the latents of what the run was trained on."""
-        data = load_for(self.config, self.model, None)
+        data = self._own
         if not isinstance(data, ArrayData):
             raise ConfigError("the score latent needs data of files or rows, not of a density: leave it out")
         fitted = Mahalanobis(self.model.latent_dim)
@@ -169,7 +175,7 @@ class Judge:
                 if images:
                     yield torch.stack(images)
             return
-        data = load_for(self.config, self.model, None)
+        data = self._own
         if not isinstance(data, ArrayData):
             raise ConfigError("a density has no held-out points: say what is normal with --normal FILE")
         some = data.heldout.some(NORMAL, torch.Generator().manual_seed(self.seed))
