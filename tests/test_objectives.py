@@ -117,6 +117,7 @@ def test_annealing_reaches_one_after_a_fifth_of_the_adversarial_steps() -> None:
         (SoftIntroVAE, "beta_neg", -0.1, "beta_neg is -0.1"),
         (SoftIntroVAE, "scale", 0.0, "scale is 0"),
         (SoftIntroVAE, "gamma_r", math.inf, "gamma_r is inf"),
+        (SoftIntroVAE, "consistency", -0.1, "consistency is -0.1"),
         (ASIntroVAE, "kernel", "gauss", "choose one of marginal, joint"),
         (ASIntroVAE, "contrast", "real", "reconstruction-sample, real-sample"),
         (ASIntroVAE, "annealing", "cosine", "linear, tanh"),

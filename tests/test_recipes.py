@@ -62,6 +62,7 @@ SHAPES = {
     "mnist-introvae": (1, 28, 28),
     "mnist-softintrovae": (1, 28, 28),
     "mnist-vae": (1, 28, 28),
+    "scans-softintrovae": (1, 128, 128),
     "table-softintrovae": (6,),
 }
 HUB = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+(:[\w+.-]+)?")
@@ -361,6 +362,8 @@ def shortened(name: str, **changed: Any) -> FitConfig:
         batch = dict.fromkeys(ours.growing.batch, 2)
         settings |= {"growing": dataclasses.replace(ours.growing, samples=2, fade=2, batch=batch), "steps": None}
         settings["network_options"] = {"width": 1 / 32, "style_dim": 16}
+    elif "width" in ours.network_options:
+        settings["network_options"] = {**ours.network_options, "width": 1 / 16}
     elif side > 64:
         narrow = [max(1, width // 16) for width in ours.network_options["channels"]]
         settings["network_options"] = {**ours.network_options, "channels": narrow}

@@ -30,6 +30,7 @@ CASES = {
         textbook.soft_introvae,
         {**SOFT, "gamma_r": 1.0, "variant": "official_code"},
     ),
+    "soft-consistency": (SoftIntroVAE, textbook.soft_introvae, {**SOFT, "consistency": 0.7}),
     "as": (ASIntroVAE, textbook.as_introvae, SOFT),
     "as-joint-weight": (ASIntroVAE, textbook.as_introvae, {**SOFT, "kernel": "joint", "distance_weight": 3.0}),
     "as-real": (ASIntroVAE, textbook.as_introvae, {**SOFT, "contrast": "real-sample"}),

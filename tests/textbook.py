@@ -170,13 +170,22 @@ def introvae(beta: float, alpha: float, margin: float, variant: str = "paper") -
 
 
 def soft_introvae(
-    beta_rec: float, beta_kl: float, beta_neg: float, gamma_r: float = 0.0, variant: str = "paper"
+    beta_rec: float,
+    beta_kl: float,
+    beta_neg: float,
+    gamma_r: float = 0.0,
+    variant: str = "paper",
+    consistency: float = 0.0,
 ) -> Any:
     def encoder_loss(x, x_r, q, q_r, q_p, rec_r, rec_p):
         s = 1 / x[0].numel()
         exp_r = torch.exp(-2 * s * (beta_rec * rec_r + beta_neg * kl(*q_r))).mean()
         exp_p = torch.exp(-2 * s * (beta_rec * rec_p + beta_neg * kl(*q_p))).mean()
-        return s * (beta_rec * rec(x, x_r).mean() + beta_kl * kl(*q).mean()) + 0.25 * (exp_r + exp_p)
+        loss = s * (beta_rec * rec(x, x_r).mean() + beta_kl * kl(*q).mean()) + 0.25 * (exp_r + exp_p)
+        apart = torch.nn.functional.mse_loss(q[0], q_r[0])
+        lengths = q[0].square().sum(1).sqrt() * q_r[0].square().sum(1).sqrt()
+        turned = (1 - (q[0] * q_r[0]).sum(1) / lengths).mean()
+        return loss + consistency * (0.5 * apart + turned)
 
     def decoder_loss(x, x_r, q, q_r, q_p, rec_r, rec_p):
         s = 1 / x[0].numel()

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from introvae.errors import ConfigError, not_negative, one_of, positive, whole
+from introvae.gaussian import DiagonalGaussian
 from introvae.objectives.base import AUTO, EPOCH, Judged, Objective, Values, mean_over_fakes
 
 if TYPE_CHECKING:
@@ -43,12 +45,16 @@ class SoftIntroVAE(Objective):
             fakes is then decoded, for both players, by a target decoder D': a copy of the decoder that lags behind and
             becomes equal to it again that often. The gradient of gamma_r's term, now ||f - D'(E(f))||^2, reaches the
             fake on all ways, in either variant; gamma_r may be 0.5 to 1.
+        consistency: weight of `embedding_distance` of image and reconstruction, which the encoder minimises besides:
+            the reversed autoencoder for anomaly detection, whose authors take 0.005. 0 (the default) is Soft-IntroVAE.
 
     Raises:
         ConfigError: a setting is out of range.
 
     Source: Soft-IntroVAE (2021), Eq. 4 and Algorithm 1; default betas: its MNIST and CIFAR-10 settings. The bootstrap
-    variant is in the authors' code only (`soft_intro_vae_bootstrap`, a copy each epoch).
+    variant is in the authors' code only (`soft_intro_vae_bootstrap`, a copy each epoch). The reversed autoencoder:
+    Bercea et al. (MIDL 2023), whose authors compare the feature maps of every resolution; here it is the latents alone,
+    which every encoder has.
 
     Example:
         >>> SoftIntroVAE(beta_neg=64).values()
@@ -63,13 +69,14 @@ class SoftIntroVAE(Objective):
     scale: float | None = None
     variant: str = "paper"
     target_every: int | Literal["epoch"] = 0
+    consistency: float = 0.0
 
     tunable: ClassVar[tuple[str, ...]] = ("beta_rec", "beta_kl", "beta_neg")
     reads_fake_rec_in_encoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive(beta_rec=self.beta_rec, alpha=self.alpha)
-        not_negative(beta_kl=self.beta_kl, gamma_r=self.gamma_r)
+        not_negative(beta_kl=self.beta_kl, gamma_r=self.gamma_r, consistency=self.consistency)
         if self.beta_neg not in (None, AUTO):
             not_negative(beta_neg=self.beta_neg)
         if self.scale is not None:
@@ -112,7 +119,10 @@ class SoftIntroVAE(Objective):
         s, beta_rec, beta_kl, beta_neg = self._weights(real, values)
         negative_elbo = s * (beta_rec * real.rec + beta_kl * real.kl).mean()
         exp_elbo = [(-self.alpha * s * (beta_rec * fake.rec + beta_neg * fake.kl)).exp() for fake in fakes]
-        return negative_elbo + mean_over_fakes(exp_elbo) / self.alpha
+        loss = negative_elbo + mean_over_fakes(exp_elbo) / self.alpha
+        if self.consistency > 0:
+            loss = loss + self.consistency * embedding_distance(real.posterior, fakes[0].posterior).mean()
+        return loss
 
     def decoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         s, beta_rec, beta_kl, _ = self._weights(real, values)
@@ -123,6 +133,22 @@ class SoftIntroVAE(Objective):
 
     def _weights(self, real: Judged, values: Values) -> tuple[float, Tensor, Tensor, Tensor]:
         return self.scale_of(real.x), values["beta_rec"], values["beta_kl"], values["beta_neg"]
+
+
+def embedding_distance(a: DiagonalGaussian, b: DiagonalGaussian) -> Tensor:
+    """How far apart two batches of embeddings, the means `[N, Z]` of their posteriors, lie pair by pair, `[N]`: half
+    the mean squared difference over dimensions, plus one minus the cosine.
+
+    Source: Bercea et al. (MIDL 2023), the terms of their embedding loss for one layer.
+
+    Example:
+        >>> import torch
+        >>> east, north = (DiagonalGaussian(torch.tensor([mean]), torch.zeros(1, 2)) for mean in ([1.0, 0], [0, 1.0]))
+        >>> embedding_distance(east, north), embedding_distance(east, east)
+        (tensor([1.5000]), tensor([0.]))
+    """
+    squared = (a.mean - b.mean).square().mean(dim=1)
+    return 0.5 * squared + 1 - F.cosine_similarity(a.mean, b.mean, dim=1)
 
 
 Balanced = TypeVar("Balanced", "SoftIntroVAE", "ASIntroVAE")
