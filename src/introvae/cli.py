@@ -405,6 +405,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "neighbours": _elsewhere("cli_explore", "neighbours"),
     "latents": _elsewhere("cli_explore", "latents"),
     "mix": _elsewhere("cli_explore", "mix"),
+    "translate": _elsewhere("cli_explore", "translate"),
     "detect": _elsewhere("cli_detect", "detect"),
     "compare": _compare,
     "recipes": _recipes,

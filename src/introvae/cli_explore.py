@@ -295,6 +295,62 @@ def mix(words: list[str]) -> None:
     _sheet(torch.cat([head, torch.cat([a[:, None], mixed], dim=1)]), own.output, titles, model)
 
 
+def translate(words: list[str]) -> None:
+    """What some images are of, shown as others are."""
+    import torch
+
+    from introvae.apps.translate import translate as translated
+    from introvae.errors import positive
+    from introvae.networks.disentangled import class_dim
+
+    parser = _parser(
+        "translate",
+        "Image translation, for a run of --network disentangled: the class latents of some images with the other\n"
+        "latents of others. Rows keep what is seen, columns how.",
+        "example:\n  introvae translate runs/objects cow.png car.png -o sheet.png\n"
+        "  introvae translate runs/objects cows/ cars/ -n 6 -o sheet.png",
+    )
+    parser.add_argument("a", help="a file or folder (or other data) of images whose class is kept, a row each")
+    parser.add_argument("b", help="one of images that tell how it is shown, a column each")
+    parser.add_argument("-n", "--number", type=int, default=8, help="at most so many of a folder (default: 8)")
+    parser.add_argument("-o", "--output", required=True, help=SHEETS)
+    own = parser.parse_args(words)
+    positive(number=own.number)
+    model = _model(_open(own.run))
+    class_dim(model.encoder)  # what is wrong with the run is said before its images are read
+    (a, names), (b, shown) = (_images(model, source, own.number) for source in (own.a, own.b))
+    swapped = translated(model, a, b)
+    head = torch.cat([torch.ones_like(a[:1]), b])[None]
+    print(f"columns: the image whose class is kept, then shown as {', '.join(Path(name).name for name in shown)}")
+    titles = ["shown as", *(Path(name).name for name in names)]
+    _sheet(torch.cat([head, torch.cat([a[:, None], swapped], dim=1)]), own.output, titles, model)
+
+
+def _images(model: IntrospectiveVAE, source: str, number: int) -> tuple[Tensor, list[str]]:
+    """The samples of a file, or the first ones of a folder or other data that can be read, in their order."""
+    import torch
+
+    from introvae.data import preparation_from
+    from introvae.data.each import each
+    from introvae.exchange import read_samples
+
+    if Path(source).is_file():
+        return read_samples(model, [source])
+    preparation = preparation_from(model.config["data"]) if model.config else None
+    reasons, found = [], []
+    for reading in each(source, preparation):
+        if reading.x is None:
+            reasons.append(f"{reading.name}: {reading.reason}")
+        else:
+            found.append((reading.x, reading.name))
+        if len(found) == number:
+            break
+    if not found:
+        raise DataError(f"{source} has no sample that can be read ({(reasons or ['it is empty'])[0]}): give another")
+    x, names = zip(*found, strict=True)
+    return torch.stack(x), list(names)
+
+
 def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
     parser = parser_for(command, description, epilog)
     parser.add_argument("run", help="the run folder")

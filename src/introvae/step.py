@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from introvae.augment import Augmentation
+from introvae.errors import ConfigError, DataError
 from introvae.gaussian import DiagonalGaussian
 from introvae.model import IntrospectiveVAE, squared_error
+from introvae.networks.disentangled import lent_within
 from introvae.objectives import Judged, Objective, Values, Warmup
 from introvae.parallel import Alone
 from introvae.players import Noise, Part, Players, mean_record
 
 __all__ = ["IntrospectiveStep", "Noise", "step_class"]
+
+
+OWN = "own"
+"""Name of the value that says how much a step without fakes takes of the latents that are not lent."""
 
 
 def step_class(objective: Objective) -> type[Any]:
@@ -38,6 +44,7 @@ class _Seen(NamedTuple):
     """Real images as they were encoded."""
     z: Tensor
     posterior: DiagonalGaussian
+    kl_weight: Tensor | None
     decoded: tuple[Tensor, Tensor] | None
     """Reconstructions and samples with their graph; None where they are decoded anew."""
     record: dict[str, Tensor]
@@ -66,10 +73,12 @@ class IntrospectiveStep(Players):
         capturable: keep the rate and Adam's counts on the GPU, for `CapturedStep`.
         augment: T, which changes every image that is encoded or compared, real and decoded alike, so that the step is
             one on images T(x) with the decoder T after D (see `Augmentation`).
+        lent: so many latents, the first ones, are lent: each image is decoded from those of another image of its group,
+            see `lent_within`. The step's `condition` is then the groups, and no network gets it.
 
     Raises:
         ConfigError: a rate that is not above 0, an unknown precision, accumulation for an objective that compares the
-            samples of a batch.
+            samples of a batch or where latents are lent.
 
     Source: Soft-IntroVAE (2021), Algorithm 1; IntroVAE (2018), Algorithm 1.
 
@@ -96,7 +105,10 @@ class IntrospectiveStep(Players):
         accumulation: int = 1,
         capturable: bool = False,
         augment: Augmentation | None = None,
+        lent: int = 0,
     ) -> None:
+        if lent and accumulation > 1:
+            raise ConfigError("the images of a batch lend each other latents: take accumulation 1, or leave paired out")
         super().__init__(
             model,
             objective,
@@ -109,7 +121,7 @@ class IntrospectiveStep(Players):
             capturable=capturable,
             augment=augment,
         )
-        self.share = share
+        self.share, self.lent = share, lent
         self.target = _copied(model.decoder) if objective.target_lag else None
         # Batch statistics would mix reconstructions and samples: such networks see them one after the other.
         self.one_batch = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -132,12 +144,15 @@ class IntrospectiveStep(Players):
         Arguments:
             x: real images or vectors.
             noise: the step's draws; drawn from torch's default generator when not given.
-            values: the objective's changeable settings as 0-d tensors; its own when not given.
+            values: the objective's changeable settings as 0-d tensors; its own when not given. Where latents are lent,
+                `OWN` may tell the share of a sample's own latents in those that the warm-up decodes: at 0 they are
+                draws from the prior, so that what is lent learns first all that it can tell.
             warming: take a VAE's step with the warm-up's loss instead.
             gradients: report the norms of the decoder's gradient too, of its two parts apart: what the fakes' terms
                 say and what the reconstruction of real images says. Costs a backward pass more.
             condition: the class of each x, int64 `[N]`, where the model has classes. Both networks get it, for x and
-                its reconstruction as for the n-th sample, so that samples have the batch's classes.
+                its reconstruction as for the n-th sample, so that samples have the batch's classes. Where latents are
+                lent, the group of each x instead.
 
         Returns:
             Detached scalars: rec (squared error summed over pixels), kl_* in nats and loss_encoder, all before the
@@ -163,10 +178,14 @@ class IntrospectiveStep(Players):
         for plain, noise, condition in parts:
             x = self._shown(plain, noise, 0)
             with self._autocast(x):
-                posterior = self.model.encode(x, condition)
+                posterior, weight, condition = self._posterior(x, condition)
                 z = posterior.sample(noise.real)
+                if self.lent and OWN in values:
+                    z = torch.cat(
+                        [z[:, : self.lent], noise.real[:, self.lent :].lerp(z[:, self.lent :], values[OWN])], 1
+                    )
                 reconstruction = self._shown(self.model.decode(z, condition), noise, 0)
-                real = Judged(x, z, posterior, squared_error(x, reconstruction))
+                real = Judged(x, z, posterior, squared_error(x, reconstruction), kl_weight=weight)
             if warming:
                 loss = self.warmup.loss(real, self.objective.scale_of(x))
             else:
@@ -204,7 +223,7 @@ class IntrospectiveStep(Players):
         objective, (plain, noise, condition) = self.objective, part
         x = self._shown(plain, noise, 0)
         with self._autocast(x):
-            posterior = self.model.encode(x, condition)
+            posterior, weight, condition = self._posterior(x, condition)
             z = self._latent(posterior, noise.real)
             # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
             leaf = z.detach().requires_grad_()
@@ -214,7 +233,7 @@ class IntrospectiveStep(Players):
             latents = (leaf.detach(), noise.prior)
             rec_gradient = "encoder" if objective.reads_fake_rec_in_encoder else ""
             judged = self._judge(fakes, latents, noise.fakes, noise, condition, rec_gradient)
-        real = self._of_all(Judged(x, z, posterior, squared_error(x, reconstruction), reconstruction))
+        real = self._of_all(Judged(x, z, posterior, squared_error(x, reconstruction), reconstruction, weight))
         loss = objective.encoder_loss(real, judged, values)
         # The reconstruction's gradient comes back through the decoder to the leaf, and from there goes into the
         # encoder, together with all its other terms, in one backward pass.
@@ -222,22 +241,24 @@ class IntrospectiveStep(Players):
         self._backward(loss + (z * into_z).sum(), self.encoder_params)
         kept = (reconstruction, sample) if self.share and self.accumulation == 1 else None
         record = {**_record(objective, real, judged, loss, None), **_apart(plain, *decoded)}
-        return _Seen(x, leaf.detach(), posterior.detach(), kept, record)
+        return _Seen(x, leaf.detach(), posterior.detach(), weight, kept, record)
 
     def _for_decoder(self, part: Part, values: Values, seen: _Seen, apart: list[Tensor]) -> Tensor:
         """The decoder's gradients, judged by the updated encoder; its loss. The gradients of the fakes' terms alone
         are added to `apart`, unless that is empty.
         """
-        objective, posterior, x, (_, noise, condition) = self.objective, seen.posterior, seen.x, part
+        objective, posterior, x, (_, noise, groups) = self.objective, seen.posterior, seen.x, part
+        condition = None if self.lent else groups
         with self._autocast(x):
             fakes = seen.decoded or self._both_shown(self._decode(seen.z, noise.prior, condition), noise)
             if objective.reads_real_in_decoder:
                 with torch.no_grad():
-                    posterior = self.model.encode(x, condition)
+                    posterior, *_ = self._posterior(x, groups)
             latents, rec_gradient = (seen.z, noise.prior), objective.reads_fake_rec_in_decoder
             judged = self._judge(fakes, latents, noise.again, noise, condition, rec_gradient)
         reconstruction = fakes[0]
-        real = self._of_all(Judged(x, seen.z, posterior, squared_error(x, reconstruction), reconstruction))
+        error = squared_error(x, reconstruction)
+        real = self._of_all(Judged(x, seen.z, posterior, error, reconstruction, seen.kl_weight))
         loss = objective.decoder_loss(real, judged, values)
         if apart:
             given = replace(real, reconstruction_error=real.rec.detach(), reconstruction=reconstruction.detach())
@@ -281,6 +302,18 @@ class IntrospectiveStep(Players):
             for z, rows in zip(latents, (slice(0, n), slice(n, None)), strict=False)
         )
 
+    def _posterior(self, x: Tensor, condition: Tensor | None) -> tuple[DiagonalGaussian, Tensor | None, Tensor | None]:
+        """What real images are decoded from, what its KL counts, and the condition that the networks get."""
+        if not self.lent:
+            return self.model.encode(x, condition), None, condition
+        if condition is None:
+            raise DataError("latents are lent within groups: give the step the group of each sample as its condition")
+        return *lent_within(self.model.encode(x), condition, self.lent), None
+
+    def fake_kls(self, x: Tensor, noise: Noise, condition: Tensor | None = None) -> dict[str, Tensor]:
+        """The KLs of the fakes that a step without fakes would make, for the log."""
+        return super().fake_kls(x, noise, None if self.lent else condition)
+
     def _latent(self, posterior: DiagonalGaussian, draws: Tensor) -> Tensor:
         """What the decoder gets of a posterior."""
         return posterior.mode if self.objective.encodes == "mode" else posterior.sample(draws)
@@ -292,10 +325,14 @@ class IntrospectiveStep(Players):
         columns = [judged.z, judged.posterior.mean, judged.posterior.logvar]
         if judged.reconstruction_error is not None:
             columns.append(judged.reconstruction_error[:, None])
+        if judged.kl_weight is not None:
+            columns.append(judged.kl_weight)
         found = self.peers.gather(torch.cat(columns, dim=1))
         z, mean, logvar, *rest = found.split([column.shape[1] for column in columns], dim=1)
+        weight = None if judged.kl_weight is None else rest.pop()
         error = rest[0].squeeze(1) if rest else None
-        return replace(judged, z=z, posterior=DiagonalGaussian(mean, logvar), reconstruction_error=error)
+        posterior = DiagonalGaussian(mean, logvar)
+        return replace(judged, z=z, posterior=posterior, reconstruction_error=error, kl_weight=weight)
 
     def _decode(self, of_real: Tensor, prior: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The images of two batches of latents."""

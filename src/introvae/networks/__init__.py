@@ -13,6 +13,7 @@ from introvae.errors import ConfigError, positive, unknown
 from introvae.networks.blocks import use_gradient_checkpointing
 from introvae.networks.conv import build_conv
 from introvae.networks.dcgan import build_dcgan
+from introvae.networks.disentangled import build_disentangled
 from introvae.networks.mlp import build_mlp
 from introvae.networks.residual import build_residual
 from introvae.networks.style import build_style
@@ -27,11 +28,13 @@ _NETWORKS: dict[str, Builder] = {
     "residual": build_residual,
     "dcgan": build_dcgan,
     "style": build_style,
+    "disentangled": build_disentangled,
     # For tests: every path in seconds.
     "tiny-mlp": partial(build_mlp, hidden=16, depth=2),
     "tiny-conv": partial(build_conv, channels=(4,)),
     "tiny-residual": partial(build_residual, width=1 / 16),
     "tiny-dcgan": partial(build_dcgan, channels=(4,), hidden=16, depth=1),
+    "tiny-disentangled": partial(build_disentangled, channels=(4,), hidden=8),
     "tiny-style": partial(build_style, width=1 / 128, style_dim=8, mapping=2),
 }
 

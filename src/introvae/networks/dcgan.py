@@ -81,6 +81,30 @@ class DCGANDecoder(Stages):
         return torch.sigmoid(wide(h))
 
 
+def strided_widths(
+    network: str, shape: tuple[int, ...], channels: Sequence[int] | None
+) -> tuple[tuple[int, int, int], Sequence[int]]:
+    """The shape (C, S, S) and a channel width for each halving, the usual ones where none are given.
+
+    Raises:
+        ConfigError: a shape or width that `network` cannot take.
+    """
+    sides = possible_sides()
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or shape[1] not in sides:
+        raise ConfigError(
+            f"network {network!r} cannot take data of shape {tuple(shape)}: it takes 1 or 3 channels and a square side "
+            f"of {', '.join(map(str, sides))} pixels; resize with --size"
+        )
+    usual = [min(NARROW << k, MOST) for k in range(halvings(shape[1]))]
+    channels = usual if channels is None else widths_for(shape[1], channels, width=1.0)
+    if shape[1] % (1 << len(channels)):
+        raise ConfigError(
+            f"{len(channels)} channel widths halve the side that often, which {shape[1]} pixels do not allow: give 1 "
+            f"to {powers_of_two(shape[1])} of them"
+        )
+    return (shape[0], shape[1], shape[2]), channels
+
+
 def build_dcgan(
     shape: tuple[int, ...],
     latent_dim: int,
@@ -119,20 +143,7 @@ def build_dcgan(
     positive(hidden=hidden)
     not_negative(depth=depth)
     whole(hidden=hidden, depth=depth)
-    sides = possible_sides()
-    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or shape[1] not in sides:
-        raise ConfigError(
-            f"network 'dcgan' cannot take data of shape {tuple(shape)}: it takes 1 or 3 channels and a square side of "
-            f"{', '.join(map(str, sides))} pixels; resize with --size"
-        )
-    usual = [min(NARROW << k, MOST) for k in range(halvings(shape[1]))]
-    channels = usual if channels is None else widths_for(shape[1], channels, width=1.0)
-    if shape[1] % (1 << len(channels)):
-        raise ConfigError(
-            f"{len(channels)} channel widths halve the side that often, which {shape[1]} pixels do not allow: give 1 "
-            f"to {powers_of_two(shape[1])} of them"
-        )
-    square = (shape[0], shape[1], shape[2])
+    square, channels = strided_widths("dcgan", shape, channels)
     return in_channels_last(
         DCGANEncoder(square, latent_dim, channels, norm, hidden, depth),
         DCGANDecoder(square, latent_dim, channels, norm, hidden, depth),

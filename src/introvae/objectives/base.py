@@ -33,6 +33,7 @@ class Judged:
         posterior: q(z|x) of these images.
         reconstruction_error: `[N]`, squared error summed over pixels, or None where no objective asked for it.
         reconstruction: as x, what the decoder makes of z; of real images only.
+        kl_weight: `[N, Z]`, the part of each latent's KL that counts here, where a group shares it; else all of it.
     """
 
     x: Tensor
@@ -40,11 +41,14 @@ class Judged:
     posterior: DiagonalGaussian
     reconstruction_error: Tensor | None = None
     reconstruction: Tensor | None = None
+    kl_weight: Tensor | None = None
 
     @cached_property
     def kl(self) -> Tensor:
         """KL(q(z|x) || N(0, I)), `[N]`, in nats."""
-        return self.posterior.kl()
+        if self.kl_weight is None:
+            return self.posterior.kl()
+        return (self.kl_weight * self.posterior.kl_per_dimension()).sum(dim=-1)
 
     @property
     def rec(self) -> Tensor:

@@ -73,6 +73,8 @@ class FitConfig(DataOptions):
             images; pictures and measures are of images as they are.
         augment_probability: share of the images that `augment` changes.
         conditional: tell both networks the class of each sample; all samples must be labelled (docs/conditional.md).
+        paired: let the images of a class in a batch lend each other their class latents, so that these hold what the
+            class has in common (network disentangled, labelled data; docs/translate.md).
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
         gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a
@@ -116,6 +118,7 @@ class FitConfig(DataOptions):
     augment: str = ""
     augment_probability: float = 0.8
     conditional: bool = False
+    paired: bool = False
     guard: str = "act"
     gradient_every: int = 0
     out: str | None = None
@@ -156,6 +159,9 @@ class FitConfig(DataOptions):
         one_of(GUARDS, guard=self.guard)
         if self.augmentation is not None and self.compile == "cudagraph":
             raise ConfigError("compile 'cudagraph' records steps without augmentation: take none, or leave augment out")
+        if self.paired and (self.conditional or self.accumulation > 1):
+            other = "conditional" if self.conditional else "accumulation"
+            raise ConfigError(f"paired and {other} do not go together: leave one of them out")
         if self.growing.on and self.compile != "none":
             raise ConfigError(f"compile {self.compile!r} is for networks that do not grow: take none, or no growing")
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):

@@ -30,11 +30,12 @@ from introvae.errors import (
 from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.networks import use_gradient_checkpointing
+from introvae.networks.disentangled import class_dim
 from introvae.objectives import Objective
 from introvae.parallel import Peers, processes
 from introvae.players import Players
 from introvae.precision import float32_multiplications, pick_precision
-from introvae.step import Noise, step_class
+from introvae.step import OWN, IntrospectiveStep, Noise, step_class
 from introvae.training.balance import ramp_from
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
 from introvae.training.config import FitConfig
@@ -132,7 +133,7 @@ class Trainer:
                 config.network,
                 latent_dim,
                 data={"name": Path(self.data.name).name, "range": values, **preparation_of(self.data)},
-                classes=classes,
+                classes=classes if config.conditional else None,
                 **config.network_options,
             ).to(self.device)
         self.average = Average(self.model, config.ema)
@@ -147,6 +148,8 @@ class Trainer:
             raise ConfigError(f"augment changes images, {self.data.name} has vectors: leave it out")
         self.compile, self.grower = config.compile, None
         self.step = self._make_step()
+        self._own = torch.tensor([0.0, 1.0], device=self.device)
+        self._joint_steps = config.warmup.steps if config.objective.adversarial else self.steps
         self.controller = Controller(
             config.objective,
             config.warmup.steps,
@@ -173,7 +176,11 @@ class Trainer:
         elif self.compile == "inductor":
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
-        step = step_class(config.objective)(
+        lent: dict[str, Any] = {"lent": class_dim(self.model.encoder)} if config.paired else {}
+        cls = step_class(config.objective)
+        if lent and cls is not IntrospectiveStep:
+            raise ConfigError(f"{type(config.objective).__name__} cannot lend latents: leave paired out")
+        step = cls(
             self.model,
             config.objective,
             warmup=config.warmup,
@@ -184,6 +191,7 @@ class Trainer:
             accumulation=config.accumulation,
             capturable=captured,
             augment=config.augmentation,
+            **lent,
         )
         self.players: Players = step
         self.renewal = Renewal(step, config.objective, self.data, config.batch_size, config.growing.on)
@@ -304,6 +312,8 @@ class Trainer:
         if self.grower is not None:
             x = self._grown(self.grower, x)
         values = self.controller.update(index)
+        if config.paired:
+            values = {**values, OWN: self._own[int(2 * index >= self._joint_steps)]}
         lr = config.lr_at(index, self.steps) * self.guard.rate
         self.step.set_lr(lr)
         self.step.objective = config.objective.at(self.controller.progress(index))

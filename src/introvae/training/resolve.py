@@ -28,34 +28,35 @@ def preparation_of(data: Data) -> dict[str, Any]:
 
 
 def classes_of(config: FitConfig, data: Data) -> Classes | None:
-    """The classes of a conditional run, and how often each occurs in the training part (of data that stream, pictures
-    that cannot be read count too); None for other runs.
+    """The classes of a run that needs each sample's, and how often each occurs in the training part (of data that
+    stream, pictures that cannot be read count too); None for other runs.
 
     Raises:
         DataError: data without classes, or samples without one.
         ConfigError: there is but one class.
     """
-    if not config.conditional:
+    if not (config.conditional or config.paired):
         return None
+    option = "conditional" if config.conditional else "paired"
     if not isinstance(data, ArrayData):
-        raise DataError(f"{data.name} has no classes: leave conditional out")
+        raise DataError(f"{data.name} has no classes: leave {option} out")
     heldout, train = _occurrences(data.heldout), _occurrences(data.train)
     if heldout is None or train is None:
         raise DataError(
             f"the samples of {data.name} have no classes: put images into a sub-folder for each class, name the column "
-            "of a table with --label, or leave conditional out"
+            f"of a table with --label, or leave {option} out"
         )
     missing = sum(count for found in (heldout, train) for label, count in found.items() if label < 0)
     if missing:
         raise DataError(
-            f"{missing} samples of {data.name} have no class: label them, remove them, or leave conditional out"
+            f"{missing} samples of {data.name} have no class: label them, remove them, or leave {option} out"
         )
     highest = max((*heldout, *train))
     count = len(data.class_names) or highest + 1
     if highest >= min(count, MOST_CLASSES):
         raise DataError(
             f"the labels of {data.name} go up to {highest}, with {len(data.class_names)} class names: number the "
-            f"classes from 0, {MOST_CLASSES} at most, or leave conditional out"
+            f"classes from 0, {MOST_CLASSES} at most, or leave {option} out"
         )
     names = data.class_names or tuple(map(str, range(count)))
     return Classes(names, tuple(train.get(label, 0) for label in range(count)))
