@@ -36,8 +36,9 @@ from introvae import (
 from introvae.apps.translate import translate
 from introvae.data import ArrayData
 from introvae.exchange import read_samples
+from introvae.gaussian import lent_within
 from introvae.networks import use_gradient_checkpointing
-from introvae.networks.disentangled import class_dim, lent_within
+from introvae.networks.disentangled import class_dim
 from introvae.pictures import to_pil
 from introvae.step import OWN
 from introvae.training.loop import Trainer

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from introvae.augment import Augmentation
 from introvae.errors import ConfigError, DataError
-from introvae.gaussian import DiagonalGaussian
+from introvae.gaussian import DiagonalGaussian, lent_within
 from introvae.model import IntrospectiveVAE, squared_error
-from introvae.networks.disentangled import lent_within
 from introvae.objectives import Judged, Objective, Values, Warmup
 from introvae.parallel import Alone
 from introvae.players import Noise, Part, Players, mean_record

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from introvae.errors import ConfigError, not_negative, positive, whole
-from introvae.gaussian import DiagonalGaussian
 from introvae.networks.blocks import GAIN, SLOPE, Stages, sized
 from introvae.networks.conv import in_channels_last
 from introvae.networks.dcgan import strided_widths
@@ -124,44 +123,6 @@ def class_dim(encoder: nn.Module) -> int:
             "without conditional"
         )
     return found
-
-
-def lent_within(posterior: DiagonalGaussian, groups: Tensor, count: int) -> tuple[DiagonalGaussian, Tensor]:
-    """Posteriors whose first `count` latents are those of the next sample of the same group, around the end of the
-    batch to its start (a sample that is alone in its group keeps its own); and what each latent's KL then counts.
-
-    An image can be reconstructed from such latents only where they hold what its group has in common. That the others,
-    which are its own, do not hold it too is the KL's doing: the KL of latents that are lent is the group's, so each of
-    its n samples pays the n-th part, and what all have in common is n times cheaper there.
-
-    Arguments:
-        posterior: of the samples of a batch, `[N, Z]`.
-        groups: `[N]`, equal numbers for samples of a group (such as a class).
-        count: how many latents are lent.
-
-    Returns:
-        The posterior, and the weights of its KL, `[N, Z]`.
-
-    Source: Bouchacourt et al. 2018 (Multi-Level VAE), Eq. 4, for a group's latents and their KL; there and in Hosoya
-    2019 (Group-based Learning of Disentangled Representations) the group's posterior is a mean, here it is exchanged.
-
-    Example:
-        >>> own = DiagonalGaussian(torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]), torch.zeros(3, 2))
-        >>> posterior, weight = lent_within(own, torch.tensor([0, 1, 0]), 1)
-        >>> posterior.mean.tolist(), weight.tolist()
-        ([[3.0, 10.0], [2.0, 20.0], [1.0, 30.0]], [[0.5, 1.0], [1.0, 1.0], [0.5, 1.0]])
-    """
-    n = len(groups)
-    place = torch.arange(n, device=groups.device)
-    same = groups[:, None] == groups[None]
-    away = (place[None] - place[:, None] - 1) % n  # 0 for the next sample, n - 1 for the sample itself
-    lender = away.masked_fill(~same, n).argmin(dim=1)
-    mean, logvar = (
-        torch.cat([part[lender, :count], part[:, count:]], dim=1) for part in (posterior.mean, posterior.logvar)
-    )
-    weight = torch.ones_like(mean)
-    weight[:, :count] = 1 / same.sum(dim=1, keepdim=True).to(mean.dtype)
-    return DiagonalGaussian(mean, logvar), weight
 
 
 def build_disentangled(
