@@ -100,6 +100,10 @@ def test_joint_kernel_is_refused_in_many_dimensions() -> None:
 def test_annealing_reaches_one_after_a_fifth_of_the_adversarial_steps() -> None:
     linear = ASIntroVAE()
     assert [linear.values(p)["c"] for p in (0.0, 0.1, 0.2, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+    less = ASIntroVAE(annealed_to=0.8)
+    assert [less.values(p)["c"] for p in (0.0, 0.1, 0.16, 1.0)] == [0.0, 0.5, 0.8, 0.8]
+    assert less.at(1.0) is less
+    assert ASIntroVAE(annealing="tanh", annealed_to=0.8).values(0.1)["c"] == pytest.approx(0.8 * math.tanh(0.5))
     tanh = ASIntroVAE(annealing="tanh")
     assert tanh.values(0.1)["c"] == pytest.approx(math.tanh(0.5))
     assert tanh.values(1.0)["c"] < 1
@@ -117,6 +121,8 @@ def test_annealing_reaches_one_after_a_fifth_of_the_adversarial_steps() -> None:
         (SoftIntroVAE, "beta_neg", -0.1, "beta_neg is -0.1"),
         (SoftIntroVAE, "scale", 0.0, "scale is 0"),
         (SoftIntroVAE, "gamma_r", math.inf, "gamma_r is inf"),
+        (ASIntroVAE, "annealed_to", 0.0, "annealed_to is 0"),
+        (ASIntroVAE, "annealed_to", 1.5, "annealed_to is 1.5: it must be at most 1"),
         (SoftIntroVAE, "consistency", -0.1, "consistency is -0.1"),
         (ASIntroVAE, "kernel", "gauss", "choose one of marginal, joint"),
         (ASIntroVAE, "contrast", "real", "reconstruction-sample, real-sample"),

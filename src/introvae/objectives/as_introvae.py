@@ -27,7 +27,8 @@ class ASIntroVAE(Objective):
 
     D is the squared maximum mean discrepancy between two batches of posteriors under the Gaussian-overlap kernel
     (see `as_distance`); the encoder maximises it, the decoder minimises it. c grows from 0 at the end of the warm-up
-    to 1 after a fifth of the adversarial steps; from then on the objective is Soft-IntroVAE.
+    to 1 after a fifth of the adversarial steps; from then on the objective is Soft-IntroVAE. With `annealed_to` below 1
+    the distance stays in the game, which keeps the shares that samples have of the data's modes.
 
     Arguments:
         beta_rec, beta_kl, beta_neg: as in `SoftIntroVAE`.
@@ -38,6 +39,8 @@ class ASIntroVAE(Objective):
         annealing: "linear", c = min(annealing_rate * i / T, 1), or "tanh", c = tanh(annealing_rate * i / T); i and T
             count adversarial steps. None is "linear" for the variant "paper", "tanh" for "official_code".
         annealing_rate: the 5 of the paper.
+        annealed_to: largest c, above 0 and at most 1 (the paper's): c is at most that with "linear", times that with
+            "tanh".
         scale: as in `SoftIntroVAE`.
         variant: "paper", or "official_code": tanh on mean and log-variance before D (in the decoder's step before
             the KL too), D as a sum in the encoder's step and at half its weight in the decoder's, pairs i = j kept,
@@ -62,6 +65,7 @@ class ASIntroVAE(Objective):
     contrast: str = "reconstruction-sample"
     annealing: str | None = None
     annealing_rate: float = 5.0
+    annealed_to: float = 1.0
     scale: float | None = None
     variant: str = "paper"
 
@@ -70,7 +74,9 @@ class ASIntroVAE(Objective):
     reads_fake_rec_in_encoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive(beta_rec=self.beta_rec, annealing_rate=self.annealing_rate)
+        positive(beta_rec=self.beta_rec, annealing_rate=self.annealing_rate, annealed_to=self.annealed_to)
+        if self.annealed_to > 1:
+            raise ConfigError(f"annealed_to is {self.annealed_to}: it must be at most 1")
         not_negative(beta_kl=self.beta_kl, distance_weight=self.distance_weight)
         if self.beta_neg not in (None, AUTO):
             not_negative(beta_neg=self.beta_neg)
@@ -106,7 +112,7 @@ class ASIntroVAE(Objective):
     def _annealed(self, progress: float) -> float:
         annealing = self.annealing or ("tanh" if self.variant == "official_code" else "linear")
         linear = self.annealing_rate * progress
-        return min(linear, 1.0) if annealing == "linear" else math.tanh(linear)
+        return min(linear, self.annealed_to) if annealing == "linear" else self.annealed_to * math.tanh(linear)
 
     def at(self, progress: float) -> Objective:
         if self._annealed(progress) < 1 or self.variant == "official_code" or type(self) is not ASIntroVAE:

@@ -42,7 +42,7 @@ warm-up's to their own. Without it KL(real) and the game change at once, and som
 MARGIN_OVER_KL = 1.2
 """IntroVAE's margin over the KL that the warm-up ends with: "a little larger", App. D."""
 LED = 0.99
-"""AS-IntroVAE's c below which its distance leads; an annealing by tanh comes near 1 and never there."""
+"""Share of AS-IntroVAE's last c below which its distance leads; an annealing by tanh comes near it and never there."""
 LEAST_KL = 0.1
 """In nats; a smaller KL(real) is a posterior that collapsed, and no measure for anything."""
 
@@ -62,7 +62,7 @@ def surplus_exponent(objective: Any, scale: float, kl_nats: Tensor) -> Tensor:
         >>> surplus_exponent(SoftIntroVAE(beta_kl=0.3), 1 / 2, torch.tensor(2.1))
         tensor(1.)
     """
-    q = SURPLUS * getattr(objective, "alpha", 2.0) * scale * objective.beta_kl * kl_nats.clamp(min=LEAST_KL)
+    q = SURPLUS * _sharpness(objective) * scale * objective.beta_kl * kl_nats.clamp(min=LEAST_KL)
     exponent = torch.full_like(q, MOST)
     for _ in range(50):  # each step comes nearer by a factor of the solution; at 1 / e it stops where it is wanted
         exponent = (exponent / q).log().clamp(1.0, MOST)
@@ -85,7 +85,23 @@ def balancing_beta_neg(objective: Any, scale: float, kl_nats: float, exponent: f
     """
     if exponent is None:
         exponent = max(HOME, surplus_exponent(objective, scale, torch.tensor(kl_nats)).item())
-    return exponent / (getattr(objective, "alpha", 2.0) * scale * max(kl_nats, LEAST_KL))
+    return exponent / (_sharpness(objective) * scale * max(kl_nats, LEAST_KL))
+
+
+def _sharpness(objective: Any) -> float:
+    """alpha, times the part of a fake's KL that is in the exponential when AS-IntroVAE's annealing is over."""
+    return getattr(objective, "alpha", 2.0) * getattr(objective, "annealed_to", 1.0)
+
+
+def led(objective: Any, c: float) -> bool:
+    """Whether AS-IntroVAE's distance leads at this c: then nobody wants anything of the fakes' KL yet.
+
+    Example:
+        >>> from introvae import ASIntroVAE
+        >>> led(ASIntroVAE(), 0.8), led(ASIntroVAE(annealed_to=0.8), 0.8)
+        (True, False)
+    """
+    return c < LED * getattr(objective, "annealed_to", 1.0)
 
 
 class Rule(Protocol):
@@ -172,7 +188,7 @@ class Gap:
         self._exponent, self._home = torch.tensor(START, device=device), torch.tensor(HOME, device=device)
         self._settled = torch.zeros((), device=device)  # the KL where fakes settle; 0 where KL(real) is followed
         self._factor = 1.0
-        self._at_one = 1 / (getattr(objective, "alpha", 2.0) * scale)
+        self._at_one = 1 / (_sharpness(objective) * scale)
 
     def begin(self, value: Tensor) -> None:
         before, seen = value.clone(), self._averages.seen["kl"] > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from introvae.objectives import Objective
 from introvae.parallel import Alone
-from introvae.training.balance import EVERY, LED, RAMP, rules_for
+from introvae.training.balance import EVERY, RAMP, led, rules_for
 
 
 def _between(first: float, last: float, share: float) -> float:
@@ -91,7 +91,7 @@ class Controller:
         if not self._rules or step % EVERY:
             return
         warming = step < self.warmup_steps
-        if not warming and self._last.get("c", 1.0) < LED:
+        if not warming and led(self.objective, self._last.get("c", 1.0)):
             return  # while AS-IntroVAE's distance leads, nobody wants anything of the fakes' KL
         names = ("kl_real",) if warming else ("kl_real", "kl_reconstruction", "kl_sample")
         kls = torch.stack([record[name].float() for name in names])

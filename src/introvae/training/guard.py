@@ -13,7 +13,7 @@ from torch import Tensor
 
 from introvae.objectives import Objective
 from introvae.parallel import Alone
-from introvae.training.balance import LEAST_KL, LED, balancing_beta_neg
+from introvae.training.balance import LEAST_KL, balancing_beta_neg, led
 from introvae.training.controller import Controller
 from introvae.training.readback import Readback
 
@@ -86,11 +86,6 @@ class Alarm:
         return f"start a new run with {better}"
 
 
-def led(values: Mapping[str, float]) -> bool:
-    """Whether AS-IntroVAE's distance leads still: then nobody wants anything of the fakes' KL."""
-    return values.get("c", 1.0) < LED
-
-
 class Watch:
     """Judges the numbers of one step every `LOOK` steps; knows nothing of networks.
 
@@ -135,7 +130,7 @@ class Watch:
 
     def _unfelt(self, step: int, values: Mapping[str, float]) -> Alarm | None:
         """beta_neg is so far off that the encoder does not feel the fakes."""
-        if values.get("beta_neg", 0) <= 0 or led(values):
+        if values.get("beta_neg", 0) <= 0 or led(self.objective, values.get("c", 1.0)):
             return None
         # A fake is not felt when its own exponent is too big; the smallest KL has the smallest.
         least = min(self.averages[name] for name in ("kl_real", "kl_reconstruction", "kl_sample"))
@@ -155,7 +150,7 @@ class Watch:
 
     def _exploded(self, values: Mapping[str, float]) -> Alarm | None:
         usual = max(self.reference or 0.0, self.latent_dim / 2, values.get("margin", 0.0))
-        fakes = () if led(values) else ("kl_reconstruction", "kl_sample")
+        fakes = () if led(self.objective, values.get("c", 1.0)) else ("kl_reconstruction", "kl_sample")
         for name in ("kl_real", *fakes):
             kl = self.averages[name]
             if kl <= EXPLODED * usual:
@@ -171,7 +166,7 @@ class Watch:
         """States that are wrong only when they last."""
         real = self.averages["kl_real"]
         fake = (self.averages["kl_reconstruction"] + self.averages["kl_sample"]) / 2
-        asleep = fake < ASLEEP * real and real >= LEAST_KL and not led(values)
+        asleep = fake < ASLEEP * real and real >= LEAST_KL and not led(self.objective, values.get("c", 1.0))
         share = self.averages["apart_fakes"] / max(self.averages["apart_real"], 1e-30)
         self.was_diverse = self.was_diverse or share > DIVERSE
         if self._lasts(step, "alike", self.was_diverse and share < ALIKE, ALIKE_STEPS):
