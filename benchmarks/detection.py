@@ -1,0 +1,281 @@
+"""How well runs tell what does not belong, and where. Four measurements, each with `--json FILE`:
+
+- `python benchmarks/detection.py sets RUN… --local DATA`: each score's AUROC for the run's held-out images against
+  other sets of images (the folders of DATA, uniform noise, images of a single colour), all brought to the run's size
+  and channels;
+- `python benchmarks/detection.py one-class DATA/mnist`: each digit in turn is normal: trains a model on its training
+  images alone, and tells its test images from all others';
+- `python benchmarks/detection.py places RUN`: squares pasted into held-out images, patches blurred, patches swapped:
+  the pixels' AUROC of each heat map;
+- `python benchmarks/detection.py speed RUN`: images a second for each score, over 10,000 made-up images, and the
+  process' memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import progress, report
+from torch import Tensor
+from torch.nn import functional as F
+
+from introvae import IntrospectiveVAE, Run, fit
+from introvae.apps.explore import latents
+from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.judge import betas_of
+from introvae.apps.scores import score_images, scores_for
+from introvae.data import DATA_OPTIONS, ArrayData, DataOptions, load_data, preparation_from
+from introvae.metrics.detection import detection_metrics
+from introvae.metrics.features import feature_space
+from introvae.metrics.mahalanobis import Mahalanobis
+from introvae.metrics.pixel_curve import PixelCurve
+from introvae.pictures import image_grid, save_picture
+from introvae.training.config import parse_config, recipe_files
+
+FITTED = 5000
+"""Training images whose latents the Mahalanobis distance knows."""
+
+
+def opened(folder: Path) -> tuple[IntrospectiveVAE, ArrayData, Any]:
+    """A run's model, its data and its objective."""
+    run = Run.open(folder)
+    config = run.config()
+    options = DataOptions(**{name: getattr(config, name) for name in DATA_OPTIONS})
+    data = load_data(config.data, options)
+    assert isinstance(data, ArrayData)
+    return run.model(), data, config.objective
+
+
+def some(data: ArrayData, n: int, heldout: bool = True) -> Tensor:
+    part = data.heldout if heldout else data.train
+    return part.some(n, torch.Generator().manual_seed(0)).tensor()
+
+
+class Scorer:
+    """All scores of a model."""
+
+    def __init__(self, model: IntrospectiveVAE, train: Tensor, objective: Any, draws: int) -> None:
+        self.model, self.draws = model, draws
+        self.beta_rec, self.beta_kl = betas_of(objective)
+        self.known = Mahalanobis(model.latent_dim)
+        self.known.update(latents(model, train))
+        self.names = [name for name in scores_for(tuple(train.shape[1:])) if objective.encodes != "nothing"]
+
+    def __call__(self, x: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
+        return score_images(
+            self.model,
+            x,
+            names or self.names,
+            beta_rec=self.beta_rec,
+            beta_kl=self.beta_kl,
+            draws=self.draws,
+            features=feature_space("randconv"),
+            latents=self.known,
+        )
+
+
+# --- other sets
+
+
+def others(model: IntrospectiveVAE, own: str, local: Path, n: int) -> Iterator[tuple[str, Tensor]]:
+    """Sets of images as the model takes them."""
+    assert model.config is not None
+    assert model.shape is not None
+    preparation = preparation_from(model.config["data"])
+    for folder in sorted(path for path in local.iterdir() if path.is_dir() and path.name != Path(own).name):
+        data = load_data(folder, DataOptions(), preparation)
+        assert isinstance(data, ArrayData)
+        yield folder.name, some(data, n, heldout=len(data.heldout) >= n)
+    generator = torch.Generator().manual_seed(0)
+    yield "uniform noise", torch.rand(n, *model.shape, generator=generator)
+    yield (
+        "single colour",
+        torch.rand(n, model.shape[0], 1, 1, generator=generator).expand(-1, *model.shape).contiguous(),
+    )
+
+
+def sets(words: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = []
+    for folder in words.runs:
+        model, data, objective = opened(folder)
+        scorer = Scorer(model, some(data, FITTED, heldout=False), objective, words.draws)
+        normal = scorer(some(data, words.number))
+        for name, x in others(model, data.name, words.local, words.number):
+            found = scorer(x)
+            case: dict[str, Any] = {"case": f"{folder.name} against {name}", "objective": type(objective).__name__}
+            for score in scorer.names:
+                told = detection_metrics(normal[score], found[score])["auroc"]
+                case |= {score: told.value, f"{score}_low": told.low, f"{score}_high": told.high}
+            best = max(scorer.names, key=lambda score: case[score])
+            cases.append({**case, "best": best, "n": len(x)})
+            progress(f"{case['case']}: " + ", ".join(f"{score} {case[score]:.3f}" for score in scorer.names))
+    return cases
+
+
+# --- one class
+
+
+def one_class(words: argparse.Namespace) -> list[dict[str, Any]]:
+    data = load_data(words.data, DataOptions())
+    assert isinstance(data, ArrayData)
+    assert data.train.labels is not None
+    assert data.heldout.labels is not None
+    cases = []
+    settings = ["--objective", words.objective, "--steps", str(words.steps), "--image_every", "0"]
+    for digit in words.classes or range(len(data.class_names)):
+        normal = data.train.tensor()[data.train.labels == digit]
+        own = parse_config(settings, recipe_files(words.recipe, settings))
+        with tempfile.TemporaryDirectory() as folder:
+            run = fit(own, data=normal, out=str(Path(folder) / "run"), progress=False)
+            model = run.model()
+        scorer = Scorer(model, normal[:FITTED], own.objective, words.draws)
+        found = scorer(data.heldout.tensor())
+        belongs = data.heldout.labels == digit
+        case: dict[str, Any] = {"case": f"{data.class_names[digit]} is normal", "trained_on": len(normal)}
+        for score in scorer.names:
+            case[score] = detection_metrics(found[score][belongs], found[score][~belongs], draws=1)["auroc"].value
+        progress(f"{case['case']}: " + ", ".join(f"{score} {case[score]:.3f}" for score in scorer.names))
+        cases.append(case)
+    mean = {name: sum(case[name] for case in cases) / len(cases) for name in cases[0] if name != "case"}
+    return [*cases, {"case": "mean", **mean}]
+
+
+# --- places
+
+
+def pasted(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square of one random colour."""
+    where = squares(x, generator)
+    colour = torch.rand(len(x), x.shape[1], 1, 1, generator=generator)
+    return torch.where(where[:, None], colour, x), where
+
+
+def blurred(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square out of focus."""
+    where, reach = squares(x, generator), x.shape[-1] // 8
+    kernel = torch.full((x.shape[1], 1, 2 * reach + 1, 2 * reach + 1), 1 / (2 * reach + 1) ** 2)
+    soft = F.conv2d(F.pad(x, (reach,) * 4, mode="reflect"), kernel, groups=x.shape[1])
+    return torch.where(where[:, None], soft, x), where
+
+
+def swapped(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square of the next image, from another place."""
+    where, shift = squares(x, generator), x.shape[-1] // 3
+    return torch.where(where[:, None], x.roll(1, dims=0).roll((shift, shift), dims=(2, 3)), x), where
+
+
+def squares(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A square of a sixth to a third of the side in each image, `[N, H, W]`."""
+    n, side = len(x), x.shape[-1]
+    size = torch.randint(side // 6, side // 3 + 1, (n, 1), generator=generator)
+    corner = (torch.rand(n, 2, generator=generator) * (side - size)).long()
+    place = torch.arange(side)[None]
+    rows, columns = (((place >= corner[:, i : i + 1]) & (place < corner[:, i : i + 1] + size)) for i in (0, 1))
+    return rows[:, :, None] & columns[:, None, :]
+
+
+CHANGES = {"pasted": pasted, "blurred": blurred, "swapped": swapped}
+
+
+def places(words: argparse.Namespace) -> list[dict[str, Any]]:
+    cases, shown = [], []
+    for folder in words.runs:
+        model, data, objective = opened(folder)
+        x = some(data, words.number)
+        normal = torch.cat([MAPS["residual"](model, part) for part in x.split(250)])
+        top = float(normal.flatten()[torch.randperm(normal.numel())[:1_000_000]].quantile(0.999))
+        for name, change in CHANGES.items():
+            changed, where = change(x, torch.Generator().manual_seed(0))
+            case: dict[str, Any] = {
+                "case": f"{folder.name}, {name}",
+                "objective": type(objective).__name__,
+                "n": len(x),
+            }
+            for kind, heat in MAPS.items():
+                curve = PixelCurve()
+                for part, marked in zip(changed.split(250), where.split(250), strict=True):
+                    curve.update(heat(model, part), marked)
+                case |= {f"pixel_auroc_{kind}": curve.auroc, f"best_dice_{kind}": curve.best_dice.value}
+            cases.append(case)
+            progress(", ".join(f"{key} {value}" for key, value in case.items()))
+            eight = changed[:8]
+            heat = overlay(eight, MAPS["residual"](model, eight), top)
+            rows = (eight, model.reconstruct(eight), where[:8, None].float(), heat)
+            shown += [row.expand(-1, 3, -1, -1) for row in rows]
+    if words.sheet is not None:
+        save_picture(image_grid(torch.cat(shown), 8), words.sheet)
+    return cases
+
+
+# --- speed
+
+
+def speed(words: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = []
+    for folder in words.runs:
+        model, data, objective = opened(folder)
+        assert model.shape is not None
+        scorer = Scorer(model, some(data, FITTED, heldout=False), objective, words.draws)
+        for names in [[name] for name in scorer.names] + [["error", "kl", "neg_elbo", "latent"]]:
+            n = words.number if not {"neg_log_likelihood", "complexity"} & set(names) else words.number // 10
+            generator, started = torch.Generator().manual_seed(0), time.perf_counter()
+            drawing = 0.0
+            for start in range(0, n, 250):
+                before = time.perf_counter()
+                x = torch.rand(min(250, n - start), *model.shape, generator=generator)
+                drawing += time.perf_counter() - before
+                scorer(x, names)
+            seconds = time.perf_counter() - started - drawing
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            cases.append(
+                {
+                    "case": f"{folder.name}, {'+'.join(names)}",
+                    "shape": "x".join(map(str, model.shape)),
+                    "threads": torch.get_num_threads(),
+                    "n": n,
+                    "images_per_second": n / seconds,
+                    "peak_mib": peak,
+                }
+            )
+            progress(str(cases[-1]))
+    return cases
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--json", type=Path, help="where to write the results")
+    words.add_argument("--draws", type=int, default=32, help="latents an image for a likelihood (default: 32)")
+    kinds = words.add_subparsers(dest="what", required=True)
+    of_sets = kinds.add_parser("sets", help="against other sets of images")
+    of_sets.add_argument("runs", nargs="+", type=Path)
+    of_sets.add_argument("--local", type=Path, required=True, help="the folder that holds the sets' folders")
+    of_sets.add_argument("--number", type=int, default=2000, help="images of each set (default: 2,000)")
+    of_classes = kinds.add_parser("one-class", help="each class in turn is normal")
+    of_classes.add_argument("data", help="labelled images")
+    of_classes.add_argument("--objective", default="SoftIntroVAE")
+    of_classes.add_argument("--recipe", default="mnist-softintrovae")
+    of_classes.add_argument("--steps", type=int, default=3000)
+    of_classes.add_argument("--classes", type=int, nargs="+", help="only these")
+    of_places = kinds.add_parser("places", help="where in the image")
+    of_places.add_argument("runs", nargs="+", type=Path)
+    of_places.add_argument("--number", type=int, default=500, help="images (default: 500)")
+    of_places.add_argument("--sheet", type=Path, help="where to draw the first ones and their heat maps")
+    of_speed = kinds.add_parser("speed", help="images a second")
+    of_speed.add_argument("runs", nargs="+", type=Path)
+    of_speed.add_argument(
+        "--number", type=int, default=10_000, help="images (default: 10,000; a tenth for likelihoods)"
+    )
+    own = words.parse_args()
+    measured = {"sets": sets, "one-class": one_class, "places": places, "speed": speed}[own.what]
+    report(measured(own), own.json)
+
+
+if __name__ == "__main__":
+    main()
