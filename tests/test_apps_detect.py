@@ -296,6 +296,17 @@ def test_wrong_words_are_refused(home: Path, refused: Refused, words: list[str],
     assert re.search(message, said), said
 
 
+def test_a_folder_that_is_not_there_is_told_before_thresholds_are_found(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrated(*_: Any) -> None:
+        raise AssertionError("the thresholds' minutes")
+
+    monkeypatch.setattr(Judge, "calibrated", calibrated)
+    with pytest.raises(DataError, match="nowhere"):
+        detect(home / "run", home / "nowhere")
+
+
 def test_labels_and_masks_of_other_images_are_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,label\nelsewhere.png,1\n")
     with pytest.raises(DataError, match="none of the 1 names in the labels"):

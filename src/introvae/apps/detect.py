@@ -104,6 +104,7 @@ def detect(
         scores.remove("latent")
         judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
     truth = Truth.read(labels, masks, judge.model)
+    next(judge.read(images), None)  # a source that cannot be opened is told before the thresholds' minutes
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
     usual = judge.usual(normals)
     pixels = PixelCurve() if truth.masks is not None else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from introvae.apps.scores import evaluating
+from introvae.apps.scores import evaluating, parts
 from introvae.data import Part
 from introvae.errors import ConfigError, DataError, positive, whole
 from introvae.measures.entries import BATCH, at_once
@@ -56,8 +56,7 @@ def latents(model: IntrospectiveVAE, x: Tensor | Iterable[Batch], condition: Con
         DataError, ConfigError: no samples, or as in `IntrospectiveVAE.encode`.
     """
     if isinstance(x, Tensor):
-        size = _size(model)
-        x = map(Batch, x.split(size), _parts(model, condition, len(x), size))
+        x = map(Batch._make, parts(model, x, condition, _size(model)))
     with evaluating(model), torch.no_grad():
         found = [model.encode(part.to(model.device), of).mode.cpu() for part, of in x]
     if not sum(map(len, found)):
@@ -67,10 +66,8 @@ def latents(model: IntrospectiveVAE, x: Tensor | Iterable[Batch], condition: Con
 
 def decoded(model: IntrospectiveVAE, z: Tensor, condition: Condition = None) -> Tensor:
     """The samples of latents `[N, Z]`, on the CPU; a bounded number is decoded at a time."""
-    size = _size(model)
     with evaluating(model), torch.no_grad():
-        parts = zip(z.split(size), _parts(model, condition, len(z), size), strict=True)
-        return torch.cat([model.decode(part.to(model.device), of).cpu() for part, of in parts])
+        return torch.cat([model.decode(part, of).cpu() for part, of in parts(model, z, condition, _size(model))])
 
 
 def ways(
@@ -271,13 +268,13 @@ def mix_styles(
         raise ConfigError(f"levels is {levels} and the model has those of {listed} pixels: give 1 to {len(sides) - 1}")
     if len(coarse) != len(fine):
         raise DataError(f"{len(coarse)} coarse and {len(fine)} fine images are no pairs: give as many of each")
-    size, drawn = _size(model), []
-    sets = []
-    for x, of in ((coarse, condition), (fine, fine_condition)):
-        sets.append(zip(latents(model, x, of).split(size), _parts(model, of, len(x), size), strict=True))
+    drawn = []
+    sets = [
+        parts(model, latents(model, x, of), of, _size(model)) for x, of in ((coarse, condition), (fine, fine_condition))
+    ]
     with evaluating(model), torch.no_grad():
         for pair in zip(*sets, strict=True):
-            z = [part.to(model.device) for part, _ in pair]
+            z = [part for part, _ in pair]
             if isinstance(decoder, ConditionalDecoder) and model.classes is not None:
                 rows = [decoder.rows(model.classes.given(of, len(part), model.device)) for part, of in pair]
                 z = [torch.cat(both, dim=1) for both in zip(z, rows, strict=True)]
@@ -287,10 +284,3 @@ def mix_styles(
 
 def _size(model: IntrospectiveVAE) -> int:
     return BATCH if model.shape is None else at_once(model.shape)
-
-
-def _parts(model: IntrospectiveVAE, condition: Condition, n: int, size: int) -> Sequence[Condition]:
-    """The condition of n samples, so many at a time; a model without classes refuses one when it gets it."""
-    if model.classes is None:
-        return [condition] * max(1, -(-n // size))
-    return model.classes.given(condition, n).split(size)
