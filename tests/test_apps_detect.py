@@ -322,5 +322,8 @@ def test_labels_and_masks_of_other_images_are_refused(home: Path, tmp_path: Path
 def test_a_density_has_nothing_held_out(command: Command, tmp_path: Path) -> None:
     said = command("fit", "--data", "density:rings", *TRAIN, "--steps", 2, "--out", tmp_path / "run")
     assert said.code == 0, said.err
-    with pytest.raises(ConfigError, match="density"):
+    np.save(tmp_path / "points.npy", np.zeros((5, 2), np.float32))
+    with pytest.raises(ConfigError, match="a density has no held-out points"):
+        detect(tmp_path / "run", tmp_path / "points.npy", scores=["error"], out=tmp_path)
+    with pytest.raises(DataError, match="points of a density, without an end"):
         detect(tmp_path / "run", "density:rings", scores=["error"], out=tmp_path)
