@@ -47,7 +47,7 @@ LAYERS = [
     {"apps"},
     {"comparison"},
     {"commands"},
-    {"cli_explore", "cli_detect"},
+    {"cli_explore", "cli_share", "cli_detect"},
     {"cli"},
     {"__main__"},
 ]

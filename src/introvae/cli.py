@@ -34,7 +34,9 @@ commands:
   neighbours    the samples of a data set nearest to images
   latents       a map of the latent space of a data set
   mix           coarse styles of one image, fine styles of another
+  translate     the class of one image, shown as another is
   detect        score images: what does not belong, and where
+  export        the model as ONNX or torch files that run without introvae
   compare       objectives x data x seeds, or finished runs, in one table with spreads
   recipes       list the settings that come with the package
   doctor        what this machine has, and what will be used; clears the cache
@@ -407,6 +409,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "mix": _elsewhere("cli_explore", "mix"),
     "translate": _elsewhere("cli_explore", "translate"),
     "detect": _elsewhere("cli_detect", "detect"),
+    "export": _elsewhere("cli_share", "export"),
     "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,

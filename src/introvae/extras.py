@@ -7,7 +7,7 @@ from types import ModuleType
 
 from introvae.errors import MissingExtraError
 
-EXTRAS = {"nibabel": "medical", "torch_fidelity": "fid", "lpips": "lpips"}
+EXTRAS = {"nibabel": "medical", "onnxruntime": "onnx", "torch_fidelity": "fid", "lpips": "lpips"}
 """Module to the extra that brings it."""
 
 
@@ -36,7 +36,8 @@ def import_extra(module: str) -> ModuleType:
     try:
         return import_module(module)
     except Exception as error:  # a broken library may raise anything, not only ImportError
-        extra = EXTRAS.get(module.partition(".")[0], module)
+        name = module.partition(".")[0]
+        extra = EXTRAS.get(name, "onnx" if name.startswith("onnx") else module)
         raise MissingExtraError(
             f"{module} cannot be imported ({error}): give yourself the extra with pip install 'introvae[{extra}]'"
         ) from error

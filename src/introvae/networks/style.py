@@ -130,7 +130,7 @@ class StyleDecoder(Growing):
         """
         w = unrounded(self.mapping, pixel_norm(z))
         other = w if fine is None else unrounded(self.mapping, pixel_norm(fine))
-        h, below = self.constant.expand(len(z), -1, -1, -1), None
+        h, below = self.constant.expand(z.shape[0], -1, -1, -1), None  # an exporter would take len(z) for a constant
         for level in range(self.level + 1):
             if level == self.level and self.alpha is not None:
                 below = F.interpolate(self._image(level - 1, h), scale_factor=2)
