@@ -36,6 +36,7 @@ from introvae import (
     evaluate,
     fit,
     from_array,
+    open_run,
 )
 from introvae.cli import main
 from introvae.errors import DivergedError
@@ -678,3 +679,24 @@ def test_the_name_of_the_recipe_s_objective_keeps_its_settings_from_python_too()
     assert config_for("auto", {"data": "digits", "objective": "SoftIntroVAE"}).objective == recommended
     assert config_for("auto", {"data": "digits", "objective": SoftIntroVAE()}).objective == SoftIntroVAE()
     assert config_for("digits-softintrovae", {"objective": "IntroVAE"}).objective == get_objective("IntroVAE")()
+
+
+def test_a_run_is_shown_and_read_as_a_table(tmp_path: Path) -> None:
+    run = fit(data="digits", recipe="none", steps=4, log_every=2, image_every=0, network="tiny-conv", out=str(tmp_path))
+    opened = open_run(tmp_path)
+    assert opened == run
+    curves = opened.curves()
+    assert curves.index.tolist() == [2, 4]
+    assert curves["rec"].tolist() == [row["rec"] for row in run.log()]
+    shown = opened._repr_html_()
+    assert "<td>4 of 4</td>" in shown
+    assert "SoftIntroVAE" in shown
+    assert shown.count("data:image/png;base64,") == 1
+    run.report_path.write_text(json.dumps({"metrics": {"psnr_db": {"value": 12.3456}, "odd": {"value": [1]}}}))
+    assert "<th>psnr_db</th><td>12.35</td>" in opened._repr_html_()
+    (tmp_path / "new").mkdir()
+    bare = Run.create(tmp_path / "new" / "<b>", run.config())
+    assert bare.curves().empty
+    assert "&lt;b&gt;" in bare._repr_html_()
+    with pytest.raises(RunError, match="no run at"):
+        open_run(tmp_path / "nothing")

@@ -7,12 +7,15 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from introvae.errors import ConfigError, RunError
 from introvae.files import write_atomically
 from introvae.model import IntrospectiveVAE
 from introvae.training.config import FitConfig, load_config
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,23 @@ class Run:
         """The lines of log.jsonl about training steps, up to one that a crash cut."""
         return [row for row in self._lines() if "event" not in row]
 
+    def curves(self) -> pd.DataFrame:
+        """The lines of `log`, a row for each step that was logged, indexed by it; NaN where a line does not have a
+        number.
+
+        Example:
+            >>> open_run("runs/mine").curves()[["kl_real", "kl_sample"]].plot()  # doctest: +SKIP
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame(self.log())
+        return frame.set_index("step") if len(frame) else frame
+
+    def _repr_html_(self) -> str:
+        from introvae.training.notebook import html_of
+
+        return html_of(self)
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The lines of log.jsonl about something else: "data" is what became of each file."""
         return [row for row in self._lines() if row.get("event") == name]
@@ -148,6 +168,19 @@ class Run:
         if not self.report_path.is_file():
             raise RunError(f"{self.folder} has no report yet: make it with introvae evaluate {self.folder}")
         return json.loads(self.report_path.read_text())
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in a folder: its curves, model, report and pictures; a notebook shows it as a table with a picture.
+
+    Raises:
+        RunError: there is none in the folder.
+
+    Example:
+        >>> run = open_run("runs/mine")  # doctest: +SKIP
+        >>> run.model().sample(4), run.curves()["rec"], run.report()["metrics"]  # doctest: +SKIP
+    """
+    return Run.open(folder)
 
 
 def default_folder(config: FitConfig) -> Path:
