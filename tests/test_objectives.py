@@ -123,6 +123,8 @@ def test_annealing_reaches_one_after_a_fifth_of_the_adversarial_steps() -> None:
         (SoftIntroVAE, "gamma_r", math.inf, "gamma_r is inf"),
         (ASIntroVAE, "annealed_to", 0.0, "annealed_to is 0"),
         (ASIntroVAE, "annealed_to", 1.5, "annealed_to is 1.5: it must be at most 1"),
+        (SoftIntroVAE, "decoder_kl", 0.0, "decoder_kl is 0"),
+        (ASIntroVAE, "decoder_kl", -1.0, "decoder_kl is -1"),
         (SoftIntroVAE, "consistency", -0.1, "consistency is -0.1"),
         (ASIntroVAE, "kernel", "gauss", "choose one of marginal, joint"),
         (ASIntroVAE, "contrast", "real", "reconstruction-sample, real-sample"),

@@ -30,6 +30,8 @@ CASES = {
         textbook.soft_introvae,
         {**SOFT, "gamma_r": 1.0, "variant": "official_code"},
     ),
+    "soft-decoder-kl": (SoftIntroVAE, textbook.soft_introvae, {**SOFT, "decoder_kl": 0.3}),
+    "as-decoder-kl": (ASIntroVAE, textbook.as_introvae, {**SOFT, "decoder_kl": 0.3}),
     "soft-consistency": (SoftIntroVAE, textbook.soft_introvae, {**SOFT, "consistency": 0.7}),
     "as": (ASIntroVAE, textbook.as_introvae, SOFT),
     "as-joint-weight": (ASIntroVAE, textbook.as_introvae, {**SOFT, "kernel": "joint", "distance_weight": 3.0}),

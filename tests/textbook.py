@@ -176,6 +176,7 @@ def soft_introvae(
     gamma_r: float = 0.0,
     variant: str = "paper",
     consistency: float = 0.0,
+    decoder_kl: float = 1.0,
 ) -> Any:
     def encoder_loss(x, x_r, q, q_r, q_p, rec_r, rec_p):
         s = 1 / x[0].numel()
@@ -191,7 +192,7 @@ def soft_introvae(
         s = 1 / x[0].numel()
         return s * (
             beta_rec * rec(x, x_r).mean()
-            + beta_kl * 0.5 * (kl(*q_r).mean() + kl(*q_p).mean())
+            + decoder_kl * beta_kl * 0.5 * (kl(*q_r).mean() + kl(*q_p).mean())
             + gamma_r * 0.5 * beta_rec * (rec_r.mean() + rec_p.mean())
         )
 
@@ -207,6 +208,7 @@ def as_introvae(
     contrast: str = "reconstruction-sample",
     variant: str = "paper",
     distance_weight: float = 1.0,
+    decoder_kl: float = 1.0,
 ) -> Any:
     official, joint = variant == "official_code", kernel == "joint"
 
@@ -231,6 +233,6 @@ def as_introvae(
             adversarial = 0.5 * (c * (kl(*q_r).mean() + kl(*q_p).mean()) + (1 - c) * d)
         else:
             adversarial = c * 0.5 * (kl(*q_r).mean() + kl(*q_p).mean()) + (1 - c) * d
-        return s * (beta_rec * rec(x, x_r).mean() + beta_kl * adversarial)
+        return s * (beta_rec * rec(x, x_r).mean() + decoder_kl * beta_kl * adversarial)
 
     return encoder_loss, decoder_loss

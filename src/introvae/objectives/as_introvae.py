@@ -41,6 +41,7 @@ class ASIntroVAE(Objective):
         annealing_rate: the 5 of the paper.
         annealed_to: largest c, above 0 and at most 1 (the paper's): c is at most that with "linear", times that with
             "tanh".
+        decoder_kl: the decoder's weight of c KL(f) + (1 - c) D as a multiple of beta_kl, as in `SoftIntroVAE`.
         scale: as in `SoftIntroVAE`.
         variant: "paper", or "official_code": tanh on mean and log-variance before D (in the decoder's step before
             the KL too), D as a sum in the encoder's step and at half its weight in the decoder's, pairs i = j kept,
@@ -66,6 +67,7 @@ class ASIntroVAE(Objective):
     annealing: str | None = None
     annealing_rate: float = 5.0
     annealed_to: float = 1.0
+    decoder_kl: float = 1.0
     scale: float | None = None
     variant: str = "paper"
 
@@ -75,6 +77,7 @@ class ASIntroVAE(Objective):
 
     def __post_init__(self) -> None:
         positive(beta_rec=self.beta_rec, annealing_rate=self.annealing_rate, annealed_to=self.annealed_to)
+        positive(decoder_kl=self.decoder_kl)
         if self.annealed_to > 1:
             raise ConfigError(f"annealed_to is {self.annealed_to}: it must be at most 1")
         not_negative(beta_kl=self.beta_kl, distance_weight=self.distance_weight)
@@ -117,7 +120,7 @@ class ASIntroVAE(Objective):
     def at(self, progress: float) -> Objective:
         if self._annealed(progress) < 1 or self.variant == "official_code" or type(self) is not ASIntroVAE:
             return self
-        return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg, scale=self.scale)
+        return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg, scale=self.scale, decoder_kl=self.decoder_kl)
 
     def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         s, c = self.scale_of(real.x), values["c"]
@@ -147,7 +150,7 @@ class ASIntroVAE(Objective):
             )
         distance = half * values["distance_weight"] * self._distance(*posteriors)
         adversarial = c * mean_over_fakes([q.kl() for q in judged]) + (1 - c) * distance
-        return s * (values["beta_rec"] * real.rec.mean() + values["beta_kl"] * adversarial)
+        return s * (values["beta_rec"] * real.rec.mean() + self.decoder_kl * values["beta_kl"] * adversarial)
 
     def _contrasted(self, real: Judged, fakes: tuple[Judged, ...]) -> tuple[DiagonalGaussian, DiagonalGaussian]:
         reconstruction, sample = fakes

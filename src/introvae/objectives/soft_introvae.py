@@ -25,7 +25,7 @@ beta_kl near 0.15, a little above what real images have.
 @dataclass(frozen=True)
 class SoftIntroVAE(Objective):
     """L_E = s (beta_rec rec(x) + beta_kl KL(x)) + 1/alpha mean_f exp(-alpha s (beta_rec rec(f) + beta_neg KL(f)));
-    L_D = s (beta_rec rec(x) + beta_kl mean_f KL(f) + gamma_r beta_rec mean_f rec(f)).
+    L_D = s (beta_rec rec(x) + decoder_kl beta_kl mean_f KL(f) + gamma_r beta_rec mean_f rec(f)).
 
     f runs over reconstruction and sample. The exponential is taken of each sample, then averaged.
 
@@ -45,6 +45,9 @@ class SoftIntroVAE(Objective):
             fakes is then decoded, for both players, by a target decoder D': a copy of the decoder that lags behind and
             becomes equal to it again that often. The gradient of gamma_r's term, now ||f - D'(E(f))||^2, reaches the
             fake on all ways, in either variant; gamma_r may be 0.5 to 1.
+        decoder_kl: the decoder's weight of the fakes' KL as a multiple of beta_kl; 1 (the default) as published. The
+            theorem's gamma, the weight of the entropy in the p that minimises KL(p_data || p) + gamma H(p), grows with
+            it: at 1 dense modes of the data win shares of the samples that are not theirs, less so at 0.1.
         consistency: weight of `embedding_distance` of image and reconstruction, which the encoder minimises besides:
             the reversed autoencoder for anomaly detection, whose authors take 0.005. 0 (the default) is Soft-IntroVAE.
 
@@ -70,12 +73,13 @@ class SoftIntroVAE(Objective):
     variant: str = "paper"
     target_every: int | Literal["epoch"] = 0
     consistency: float = 0.0
+    decoder_kl: float = 1.0
 
     tunable: ClassVar[tuple[str, ...]] = ("beta_rec", "beta_kl", "beta_neg")
     reads_fake_rec_in_encoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive(beta_rec=self.beta_rec, alpha=self.alpha)
+        positive(beta_rec=self.beta_rec, alpha=self.alpha, decoder_kl=self.decoder_kl)
         not_negative(beta_kl=self.beta_kl, gamma_r=self.gamma_r, consistency=self.consistency)
         if self.beta_neg not in (None, AUTO):
             not_negative(beta_neg=self.beta_neg)
@@ -126,7 +130,7 @@ class SoftIntroVAE(Objective):
 
     def decoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         s, beta_rec, beta_kl, _ = self._weights(real, values)
-        loss = beta_rec * real.rec.mean() + beta_kl * mean_over_fakes([fake.kl for fake in fakes])
+        loss = beta_rec * real.rec.mean() + self.decoder_kl * beta_kl * mean_over_fakes([fake.kl for fake in fakes])
         if self.gamma_r > 0:
             loss = loss + self.gamma_r * beta_rec * mean_over_fakes([fake.rec for fake in fakes])
         return s * loss

@@ -50,10 +50,11 @@ LEAST_KL = 0.1
 def surplus_exponent(objective: Any, scale: float, kl_nats: Tensor) -> Tensor:
     """The exponent with which the two players' pushes on a fake's KL cancel at `SURPLUS` times that of real data.
 
-    The encoder pushes with s beta_neg exp(-e) for an exponent e = alpha s beta_neg KL, the decoder with s beta_kl: they
-    cancel at e = ln(beta_neg / beta_kl). The larger solution of e = ln(e / q), q = SURPLUS alpha s beta_kl KL(real),
-    has that KL where it is wanted. Images have one, with an exponent of about 5 (MNIST; published: 5.5). Where q is
-    above 1 / e, as in the plane, no beta_neg brings fakes that high, and the result is 1, where they come highest.
+    The encoder pushes with s beta_neg exp(-e) for an exponent e = alpha s beta_neg KL, the decoder with s b, where b is
+    decoder_kl beta_kl: they cancel at e = ln(beta_neg / b). The larger solution of e = ln(e / q), q = SURPLUS alpha s b
+    KL(real), has that KL where it is wanted. Images have one, with an exponent of about 5 (MNIST; published: 5.5).
+    Where q is above 1 / e, as in the plane, no beta_neg brings fakes that high, and the result is 1, where they come
+    highest.
 
     Example:
         >>> from introvae import SoftIntroVAE
@@ -62,7 +63,8 @@ def surplus_exponent(objective: Any, scale: float, kl_nats: Tensor) -> Tensor:
         >>> surplus_exponent(SoftIntroVAE(beta_kl=0.3), 1 / 2, torch.tensor(2.1))
         tensor(1.)
     """
-    q = SURPLUS * _sharpness(objective) * scale * objective.beta_kl * kl_nats.clamp(min=LEAST_KL)
+    pull = objective.beta_kl * getattr(objective, "decoder_kl", 1.0)
+    q = SURPLUS * _sharpness(objective) * scale * pull * kl_nats.clamp(min=LEAST_KL)
     exponent = torch.full_like(q, MOST)
     for _ in range(50):  # each step comes nearer by a factor of the solution; at 1 / e it stops where it is wanted
         exponent = (exponent / q).log().clamp(1.0, MOST)
