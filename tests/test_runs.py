@@ -636,7 +636,7 @@ def test_a_folder_with_remains_of_a_run_is_refused(tmp_path: Path, left: str) ->
 @pytest.mark.parametrize("before", list_objectives())
 def test_an_objective_inherits_nothing_of_another_one(tmp_path: Path, before: str, asked: str) -> None:
     """Both IntroVAE and Soft-IntroVAE have an alpha, and they mean different things."""
-    odd = {f.name: f.default * 3 for f in dataclasses.fields(get_objective(before)) if isinstance(f.default, float)}  # pyright: ignore
+    odd = {f.name: f.default / 2 for f in dataclasses.fields(get_objective(before)) if isinstance(f.default, float)}  # pyright: ignore
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"objective": {"class_path": before, "init_args": odd}}))
     found = parse_config(["--objective", asked], [recipe]).objective
