@@ -60,6 +60,11 @@ def test_onnx_files_give_what_the_model_gives(name: str, classes: int | None, tm
 def test_torch_archives_are_the_model(name: str, classes: int | None, tmp_path: Path) -> None:
     model = build(name, classes)
     assert all(about["difference"] < 1e-6 for about in export(model, tmp_path, "torch").values())
+    export(build(name, classes), tmp_path, "torch")
+    (tmp_path / "encoder.onnx").touch()
+    told = json.loads((tmp_path / "export.json").read_text())
+    (tmp_path / "export.json").write_text(json.dumps({**told, "weights": "others", "files": {"encoder.onnx": {}}}))
+    export(model, tmp_path, "torch")  # what lies there of other weights is not told
     told = json.loads((tmp_path / "export.json").read_text())
     assert told["shape"] == list(model.shape or ())
     assert told["files"].keys() == {"encoder.pt2", "decoder.pt2"}
@@ -87,8 +92,12 @@ print(a.shape, float(abs(a - b).max()) < 1e-4)
 
 def test_a_file_that_gives_other_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_difference", lambda *_: 0.5)
-    with pytest.raises(CheckpointError, match=r"gives values 0.5 from the model's: do not use it"):
+    with pytest.raises(CheckpointError, match=r"gives values 0.5 from the model's and was not written"):
         export(build("mlp"), tmp_path, "torch")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    model = build("mlp")
+    assert exporting._difference(lambda x: [x * torch.nan] * 2, exporting.Encoder(model), model, (3,)) == float("inf")
 
 
 def test_what_cannot_be_exported_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_what_has_no_gap() -> None:
     for bad, given, message in (
         (latents[:, :1], {"turn": turn}, "have no gap: give two samples and dimensions"),
         (latents[:1], {"turn": turn[:1]}, "have no gap"),
+        (latents / 0, {"turn": turn}, "NaN or infinite"),
         (latents, {}, "there are no factors"),
         (latents, {"turn": turn[:5]}, r"factor 'turn' has shape \(5,\): give a value for each of 10"),
         (latents, {"turn": turn * 0}, "factor 'turn' has a single value: leave it out"),

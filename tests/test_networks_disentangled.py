@@ -39,6 +39,7 @@ from introvae.exchange import read_samples
 from introvae.gaussian import lent_within
 from introvae.networks import use_gradient_checkpointing
 from introvae.networks.disentangled import class_dim
+from introvae.parallel import Alone
 from introvae.pictures import to_pil
 from introvae.step import OWN
 from introvae.training.loop import Trainer
@@ -171,6 +172,7 @@ def test_a_step_at_full_size() -> None:
         ((3, 44, 44), 4, {}, r"network 'disentangled' cannot take data of shape \(3, 44, 44\): .* resize with --size"),
         ((16,), 4, {}, "a square side of"),
         ((1, 28, 28), 4, {"channels": [4, 4, 4]}, "3 channel widths .* 28 pixels do not allow: give 1 to 2"),
+        ((3, 32, 32), 4, {"channels": [4] * 5}, "5 channel widths leave a single pixel of 32, .* give 4"),
         ((1, 28, 28), 4, {"class_dim": 4}, "class_dim 4 of 4 latents .* above 0 and below latent_dim"),
         ((1, 28, 28), 4, {"class_dim": 0}, "class_dim 0 of 4 latents"),
         ((1, 28, 28), 4, {"class_dim": 1.5}, "class_dim is 1.5"),
@@ -337,8 +339,18 @@ def test_lending_needs_groups_and_whole_batches() -> None:
     model = build()
     with pytest.raises(DataError, match="give the step the group of each sample"):
         IntrospectiveStep(model, SoftIntroVAE(), lent=2)(images(6))
-    with pytest.raises(ConfigError, match="take accumulation 1"):
-        IntrospectiveStep(model, SoftIntroVAE(), lent=2, accumulation=2)
+    two = Alone()
+    two.count = 2  # pyright: ignore[reportAttributeAccessIssue]
+    for settings in ({"accumulation": 2}, {"peers": two}):
+        with pytest.raises(ConfigError, match="take accumulation 1 and one process"):
+            IntrospectiveStep(model, SoftIntroVAE(), lent=2, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_log_tells_all_of_the_kl() -> None:
+    model, noise = build(), Noise.draw(6, 5, torch.Generator().manual_seed(3))
+    full = model.encode(images(6)).kl().mean().detach()
+    record = IntrospectiveStep(model, SoftIntroVAE(beta_neg=1.0), lent=2)(images(6), noise, condition=GROUPS)
+    torch.testing.assert_close(record["kl_real"], full)
 
 
 # --- training

@@ -334,7 +334,7 @@ def _images(model: IntrospectiveVAE, source: str, number: int) -> tuple[Tensor, 
     from introvae.data.each import each
     from introvae.exchange import read_samples
 
-    if Path(source).is_file():
+    if model.config is None or (Path(source).is_file() and preparation_from(model.config["data"]) is None):
         return read_samples(model, [source])
     preparation = preparation_from(model.config["data"]) if model.config else None
     reasons, found = [], []

@@ -77,7 +77,7 @@ class IntrospectiveStep(Players):
 
     Raises:
         ConfigError: a rate that is not above 0, an unknown precision, accumulation for an objective that compares the
-            samples of a batch or where latents are lent.
+            samples of a batch; accumulation or several processes where latents are lent.
 
     Source: Soft-IntroVAE (2021), Algorithm 1; IntroVAE (2018), Algorithm 1.
 
@@ -106,8 +106,11 @@ class IntrospectiveStep(Players):
         augment: Augmentation | None = None,
         lent: int = 0,
     ) -> None:
-        if lent and accumulation > 1:
-            raise ConfigError("the images of a batch lend each other latents: take accumulation 1, or leave paired out")
+        if lent and (accumulation > 1 or (peers is not None and peers.count > 1)):
+            raise ConfigError(
+                "the images of a whole batch lend each other latents: take accumulation 1 and one process, or leave "
+                "paired out"
+            )
         super().__init__(
             model,
             objective,
@@ -310,7 +313,7 @@ class IntrospectiveStep(Players):
         return *lent_within(self.model.encode(x), condition, self.lent), None
 
     def fake_kls(self, x: Tensor, noise: Noise, condition: Tensor | None = None) -> dict[str, Tensor]:
-        """The KLs of the fakes that a step without fakes would make, for the log."""
+        """The KLs of the fakes that a step without fakes would make of each sample's own latents, for the log."""
         return super().fake_kls(x, noise, None if self.lent else condition)
 
     def _latent(self, posterior: DiagonalGaussian, draws: Tensor) -> Tensor:

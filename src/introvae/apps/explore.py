@@ -65,7 +65,13 @@ def latents(model: IntrospectiveVAE, x: Tensor | Iterable[Batch], condition: Con
 
 
 def decoded(model: IntrospectiveVAE, z: Tensor, condition: Condition = None) -> Tensor:
-    """The samples of latents `[N, Z]`, on the CPU; a bounded number is decoded at a time."""
+    """The samples of latents `[N, Z]`, on the CPU; a bounded number is decoded at a time.
+
+    Raises:
+        DataError, ConfigError: no latents, or as in `IntrospectiveVAE.decode`.
+    """
+    if not len(z):
+        raise DataError("there are no latents: give at least one")
     with evaluating(model), torch.no_grad():
         return torch.cat([model.decode(part, of).cpu() for part, of in parts(model, z, condition, _size(model))])
 

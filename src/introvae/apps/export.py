@@ -6,9 +6,11 @@ import copy
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,8 @@ def export(
 ) -> dict[str, dict[str, Any]]:
     """Write `encoder` and `decoder` as files that need no `introvae`, and `export.json`, which tells what they take.
 
-    Weights are float32, batches may have any size. Every file is loaded again and must give what the model gives, to
-    `TOLERANCE`, for batches of 1 and 5.
+    Weights are float32, batches may have any size. What is written was loaded again and gave what the model gives, to
+    `TOLERANCE`, for batches of 1 and 5. Of objectives that encode the mode alone, the log-variance is untrained.
 
     Arguments:
         model: in any mode and place; exported in evaluation mode, for the CPU where it matters ("torch").
@@ -74,7 +76,7 @@ def export(
     Raises:
         ConfigError: an unknown format; a model that was not built from a registered network.
         MissingExtraError: the extra `[onnx]` is not installed.
-        CheckpointError: a network cannot be exported, or the file gives other values.
+        CheckpointError: a network cannot be exported, or would give other values; nothing of it is written.
 
     Example:
         >>> model = IntrospectiveVAE.build(shape=(2,), network="tiny-mlp", latent_dim=3)
@@ -102,15 +104,18 @@ def export(
         if model.classes is not None:
             inputs["condition"] = ["N"]
         path = folder / f"{name}{SUFFIX[format]}"
-        program = _program(player, _example(model, shape, 3), name)
-        written = _onnx(program, list(inputs), outputs) if format == "onnx" else _archive(program)
         try:
-            write_atomically(path, written)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error}): choose another folder") from error
-        difference = _difference(_loaded(path, format), player, model, shape)
+            program = _program(player, _example(model, shape, 3))
+            content = _onnx(program, list(inputs), outputs) if format == "onnx" else _archive(program)
+            difference = _difference(_loaded(content, format), player, model, shape)
+        except Exception as error:  # whatever a registered network does that cannot be traced, written or run
+            raise CheckpointError(f"the {name} cannot be exported ({first_line(error)}): mend its network") from error
         if not difference <= TOLERANCE:
-            raise CheckpointError(f"{path} gives values {difference:.2g} from the model's: do not use it")
+            raise CheckpointError(
+                f"the exported {name} gives values {difference:.2g} from the model's and was not written: mend its "
+                "network"
+            )
+        _write(path, content)
         of = {"posterior_mean": [model.latent_dim], "posterior_logvar": [model.latent_dim]}
         shapes = {output: ["N", *of.get(output, sample)] for output in outputs}
         found[name] = {"path": str(path), "inputs": inputs, "outputs": shapes, "difference": difference}
@@ -123,6 +128,7 @@ def _tell(model: IntrospectiveVAE, folder: Path, found: Mapping[str, Mapping[str
     path = folder / "export.json"
     config = model.config or {}
     told = {key: config.get(key) for key in ("network", "shape", "latent_dim", "data", "classes")}
+    told["weights"] = sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
     files: dict[str, Any] = {}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +137,7 @@ def _tell(model: IntrospectiveVAE, folder: Path, found: Mapping[str, Mapping[str
     except (OSError, ValueError, KeyError, AttributeError):
         pass
     files |= {Path(about["path"]).name: {k: v for k, v in about.items() if k != "path"} for about in found.values()}
-    write_atomically(path, (json.dumps({**told, "files": files}, indent=2) + "\n").encode())
+    _write(path, (json.dumps({**told, "files": files}, indent=2) + "\n").encode())
 
 
 def _example(model: IntrospectiveVAE, shape: Sequence[int], n: int) -> tuple[Tensor, ...]:
@@ -139,13 +145,17 @@ def _example(model: IntrospectiveVAE, shape: Sequence[int], n: int) -> tuple[Ten
     return (x,) if model.classes is None else (x, torch.arange(n) % len(model.classes))
 
 
-def _program(player: nn.Module, example: tuple[Tensor, ...], name: str) -> Any:
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+def _write(path: Path, content: bytes) -> None:
     try:
-        with torch.no_grad():
-            return torch.export.export(player, example, dynamic_shapes=dynamic)
-    except Exception as error:  # whatever a registered network does that cannot be traced
-        raise CheckpointError(f"the {name} cannot be exported ({first_line(error)}): mend its network") from error
+        write_atomically(path, content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}): choose another folder") from error
+
+
+def _program(player: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+    with torch.no_grad():
+        return torch.export.export(player, example, dynamic_shapes=dynamic)
 
 
 def _archive(program: Any) -> bytes:
@@ -164,11 +174,11 @@ def _onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
         return written.model_proto.SerializeToString()
 
 
-def _loaded(path: Path, format: str) -> Callable[..., list[Tensor]]:
+def _loaded(content: bytes, format: str) -> Callable[..., list[Tensor]]:
     """The file's own computation, of arguments on the CPU."""
     if format == "torch":
         with _quiet():
-            module = torch.export.load(path).module()
+            module = torch.export.load(io.BytesIO(content)).module()
 
         def run(*arguments: Tensor) -> list[Tensor]:
             found = module(*arguments)
@@ -176,7 +186,7 @@ def _loaded(path: Path, format: str) -> Callable[..., list[Tensor]]:
 
         return run
     runtime = import_extra("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [wanted.name for wanted in session.get_inputs()]
     return lambda *arguments: [
         torch.from_numpy(found)
@@ -197,7 +207,7 @@ def _difference(
         for a, b in zip(file(*example), theirs, strict=True):
             if a.shape != b.shape:
                 return float("inf")
-            largest = max(largest, float((a - b).abs().max()))
+            largest = max(largest, float((a - b).abs().max().nan_to_num(math.inf)))
     return largest
 
 

@@ -37,7 +37,8 @@ def mutual_information_gap(latents: Tensor, factors: Mapping[str, Tensor], bins:
 
     Raises:
         ConfigError: bins is no whole number above 0.
-        DataError: fewer than two samples or dimensions, a factor of another length or of a single value.
+        DataError: fewer than two samples or dimensions, latents that are not finite, a factor of another length or of
+            a single value.
 
     Source: Chen et al. 2018 (Isolating Sources of Disentanglement in VAEs), Eq. 6; the histogram of 20 bins: Locatello
     et al. 2019 (Challenging Common Assumptions), App. C.
@@ -52,6 +53,8 @@ def mutual_information_gap(latents: Tensor, factors: Mapping[str, Tensor], bins:
     positive(bins=bins)
     if latents.ndim != 2 or len(latents) < 2 or latents.shape[1] < 2:
         raise DataError(f"latents of shape {tuple(latents.shape)} have no gap: give two samples and dimensions")
+    if not bool(latents.isfinite().all()):
+        raise DataError("latents hold NaN or infinite values: leave those samples out")
     if not factors:
         raise DataError("there are no factors: give at least one")
     binned = _binned(latents.double(), bins)

@@ -141,7 +141,8 @@ def build_disentangled(
     `--paired` does: then the images of a batch lend each other the class latents of their classes.
 
     Arguments:
-        class_dim: how many of the latents, by default half of them.
+        class_dim: how many of the latents, by default half of them; give it with `--conditional`, whose decoder has
+            more latents than the encoder.
         channels: widths from half the image's side to the smallest, one for each halving; the default doubles from 16
             to at most 512 and goes down to 4 ... 7 pixels.
         hidden: width of the fully connected layers.
@@ -164,6 +165,11 @@ def build_disentangled(
     not_negative(depth=depth)
     whole(hidden=hidden, depth=depth)
     square, channels = strided_widths("disentangled", shape, channels)
+    if square[1] >> len(channels) < 2:
+        raise ConfigError(
+            f"{len(channels)} channel widths leave a single pixel of {square[1]}, which has no places: give "
+            f"{len(channels) - 1}"
+        )
     first = latent_dim // 2 if class_dim is None else class_dim
     whole(class_dim=first)
     if not 0 < first < latent_dim:

@@ -51,6 +51,11 @@ class Judged:
         return (self.kl_weight * self.posterior.kl_per_dimension()).sum(dim=-1)
 
     @property
+    def kl_nats(self) -> Tensor:
+        """All of the KL, `[N]`, in nats, whatever part of it counts in a loss: what is logged and compared."""
+        return self.kl if self.kl_weight is None else self.posterior.kl()
+
+    @property
     def rec(self) -> Tensor:
         """Squared error of the reconstruction, `[N]`, summed over pixels."""
         if self.reconstruction_error is None:
@@ -159,7 +164,7 @@ class Objective:
     def recorded(self, real: Judged, fakes: tuple[Judged, ...]) -> dict[str, Tensor]:
         """What the log tells of the encoder, as scalars: the mean KLs, without the fakes' in a step that has none."""
         names = ("kl_real", "kl_reconstruction", "kl_sample")
-        return {name: judged.kl.mean() for name, judged in zip(names, (real, *fakes), strict=False)}
+        return {name: judged.kl_nats.mean() for name, judged in zip(names, (real, *fakes), strict=False)}
 
     def encoder_loss(self, real: Judged, fakes: tuple[Judged, ...], values: Values) -> Tensor:
         """What the encoder minimises; a scalar. `fakes` are (reconstruction, sample), cut off from the decoder."""

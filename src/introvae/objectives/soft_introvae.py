@@ -143,6 +143,9 @@ def embedding_distance(a: DiagonalGaussian, b: DiagonalGaussian) -> Tensor:
     """How far apart two batches of embeddings, the means `[N, Z]` of their posteriors, lie pair by pair, `[N]`: half
     the mean squared difference over dimensions, plus one minus the cosine.
 
+    Arguments:
+        a, b: posteriors `[N, Z]`; their variances do not count.
+
     Source: Bercea et al. (MIDL 2023), the terms of their embedding loss for one layer.
 
     Example:

@@ -74,7 +74,7 @@ class FitConfig(DataOptions):
         augment_probability: share of the images that `augment` changes.
         conditional: tell both networks the class of each sample; all samples must be labelled (docs/conditional.md).
         paired: let the images of a class in a batch lend each other their class latents, so that these hold what the
-            class has in common (network disentangled, labelled data; docs/translate.md).
+            class has in common (network disentangled, labelled data, one process; docs/translate.md).
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
         gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a

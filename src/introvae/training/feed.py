@@ -154,7 +154,7 @@ class Feed:
         if len(strange):
             number = int(strange[0])
             told = "no class" if number < 0 else f"class {number}, and the model knows 0 to {self.classes - 1}"
-            raise DataError(f"a training sample has {told}: mend the labels, or train without conditional")
+            raise DataError(f"a training sample has {told}: mend the labels, or train without conditional (or paired)")
         return x, labels
 
     def _work(self, ready: queue.Queue[tuple[Any, ...]], stop: threading.Event) -> None:

@@ -131,7 +131,7 @@ class Plan:
             said.append(f"the largest batch that fits what is free: about {fits:,}")
         if fits is not None and fits < self.config.batch_size:
             others = "--gradient_checkpointing true"
-            if not self.config.objective.batch_coupled:
+            if not (self.config.objective.batch_coupled or self.config.paired):
                 others = f"--accumulation {-(-self.config.batch_size // max(1, fits))} or {others}"
             said.append(f"it does not fit: take --batch_size {max(1, fits)}, {others}")
         return said

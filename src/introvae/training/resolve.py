@@ -59,6 +59,8 @@ def classes_of(config: FitConfig, data: Data) -> Classes | None:
             f"classes from 0, {MOST_CLASSES} at most, or leave {option} out"
         )
     names = data.class_names or tuple(map(str, range(count)))
+    if len(names) < 2:
+        raise ConfigError(f"{data.name} has one class: label two at least, or leave {option} out")
     return Classes(names, tuple(train.get(label, 0) for label in range(count)))
 
 

@@ -121,8 +121,7 @@ class Run:
         """
         import pandas as pd
 
-        frame = pd.DataFrame(self.log())
-        return frame.set_index("step") if len(frame) else frame
+        return pd.DataFrame(self.log() or {"step": []}).set_index("step")
 
     def _repr_html_(self) -> str:
         from introvae.training.notebook import html_of
