@@ -560,7 +560,7 @@ def test_data_without_classes_are_refused(tmp_path: Path) -> None:
         ("density:rings", "has no classes"),
         (from_array(x), "have no classes: .* --label"),
         (from_array(x, np.where(y == 0, -1, 0)), "have no class: label them"),
-        (from_array(x, 0 * y), "give two classes at least"),
+        (from_array(x, 0 * y), "label two at least"),
         (from_array(x, y * 10**9), "number the classes from 0"),
     ]
     for data, message in cases:
