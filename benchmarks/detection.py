@@ -31,7 +31,8 @@ from introvae.apps.explore import latents
 from introvae.apps.heatmaps import MAPS, overlay
 from introvae.apps.judge import betas_of
 from introvae.apps.scores import score_images, scores_for
-from introvae.data import DATA_OPTIONS, ArrayData, DataOptions, load_data, preparation_from
+from introvae.data import ArrayData, DataOptions, load_data, preparation_from
+from introvae.evaluation import load_for
 from introvae.metrics.detection import detection_metrics
 from introvae.metrics.features import feature_space
 from introvae.metrics.mahalanobis import Mahalanobis
@@ -46,11 +47,10 @@ FITTED = 5000
 def opened(folder: Path) -> tuple[IntrospectiveVAE, ArrayData, Any]:
     """A run's model, its data and its objective."""
     run = Run.open(folder)
-    config = run.config()
-    options = DataOptions(**{name: getattr(config, name) for name in DATA_OPTIONS})
-    data = load_data(config.data, options)
+    config, model = run.config(), run.model()
+    data = load_for(config, model, None)
     assert isinstance(data, ArrayData)
-    return run.model(), data, config.objective
+    return model, data, config.objective
 
 
 def some(data: ArrayData, n: int, heldout: bool = True) -> Tensor:

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from introvae import IntrospectiveVAE, Run
 from introvae.apps.explore import latents
 from introvae.apps.translate import translate
-from introvae.data import DATA_OPTIONS, ArrayData, DataOptions, Part, load_data
+from introvae.data import ArrayData, Part
+from introvae.evaluation import load_for
 from introvae.metrics.disentanglement import mutual_information_gap
 from introvae.networks.disentangled import class_dim
 from introvae.pictures import image_grid, save_picture
@@ -206,7 +207,7 @@ def main() -> None:
     for folder in own.runs:
         run = Run.open(folder)
         config, model = run.config(), run.model()
-        data = load_data(config.data, DataOptions(**{name: getattr(config, name) for name in DATA_OPTIONS}))
+        data = load_for(config, model, None)
         assert isinstance(data, ArrayData)
         train, held = views(data.train), views(data.heldout)
         fronts = torch.tensor([data.class_names.index(name) for name in FRONTS])

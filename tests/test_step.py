@@ -91,6 +91,19 @@ def assert_close(ours: Tensor, theirs: Tensor, scale: Tensor | float = 1.0) -> N
     assert (ours - theirs).abs().max() <= 1e-10 * max(float(theirs.abs().max()), float(scale))
 
 
+def assert_equals(record: dict[str, Tensor], seen: dict[str, list[Tensor]], expected: textbook.Result) -> None:
+    """A step's losses, and the gradients that `capture` saw, are the pseudo-code's; no player had the other's."""
+    assert_close(record["loss_encoder"], expected.loss_encoder, 0.0)
+    assert_close(record["loss_decoder"], expected.loss_decoder, 0.0)
+    for player, gradients in (("encoder", expected.encoder), ("decoder", expected.decoder)):
+        largest = max(float(g.abs().max()) for g in gradients)
+        assert largest > 0
+        for ours, g in zip(seen[player], gradients, strict=True):
+            # A weight's own gradient, or for weights whose gradient is nearly nothing the network's largest.
+            assert_close(ours, g, 1e-3 * largest)
+        assert seen[f"foreign to {player}"] == []
+
+
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "recomputed"])
 @pytest.mark.parametrize("network", list(NETWORKS))
 @pytest.mark.parametrize("case", list(CASES))
@@ -112,15 +125,7 @@ def test_losses_and_gradients_equal_the_pseudo_code(case: str, network: str, sha
         theirs.encoder, theirs.decoder, x, noise, transcription, settings, lr=LR, adam_betas=BETAS
     )
 
-    assert_close(record["loss_encoder"], expected.loss_encoder, 0.0)
-    assert_close(record["loss_decoder"], expected.loss_decoder, 0.0)
-    for player, gradients in (("encoder", expected.encoder), ("decoder", expected.decoder)):
-        largest = max(float(g.abs().max()) for g in gradients)
-        assert largest > 0
-        for ours, g in zip(seen[player], gradients, strict=True):
-            # A weight's own gradient, or for weights whose gradient is nearly nothing the network's largest.
-            assert_close(ours, g, 1e-3 * largest)
-        assert seen[f"foreign to {player}"] == []
+    assert_equals(record, seen, expected)
 
 
 @pytest.mark.parametrize("network", list(NETWORKS))

@@ -288,17 +288,13 @@ def mix(words: list[str]) -> None:
     rows, columns = torch.arange(len(a)).repeat_interleave(len(b)), torch.arange(len(b)).repeat(len(a))
     conditions = (None, None) if of is None else (of[rows], of[len(a) + columns])
     mixed = mix_styles(model, a[rows], b[columns], own.levels, *conditions).unflatten(0, (len(a), len(b)))
-    head = torch.cat([torch.ones_like(a[:1]), b])[None]
     listed = ", ".join(Path(name).name for name in fine)
     print(f"columns: the coarse image, whose styles levels 1 to {own.levels} have, then with the fine ones of {listed}")
-    titles = ["fine", *(Path(name).name for name in names)]
-    _sheet(torch.cat([head, torch.cat([a[:, None], mixed], dim=1)]), own.output, titles, model)
+    _crossed(a, b, mixed, ["fine", *names], own.output, model)
 
 
 def translate(words: list[str]) -> None:
     """What some images are of, shown as others are."""
-    import torch
-
     from introvae.apps.translate import translate as translated
     from introvae.errors import positive
     from introvae.networks.disentangled import class_dim
@@ -320,10 +316,19 @@ def translate(words: list[str]) -> None:
     class_dim(model.encoder)  # what is wrong with the run is said before its images are read
     (a, names), (b, shown) = (_images(model, source, own.number) for source in (own.a, own.b))
     swapped = translated(model, a, b)
-    head = torch.cat([torch.ones_like(a[:1]), b])[None]
     print(f"columns: the image whose class is kept, then shown as {', '.join(Path(name).name for name in shown)}")
-    titles = ["shown as", *(Path(name).name for name in names)]
-    _sheet(torch.cat([head, torch.cat([a[:, None], swapped], dim=1)]), own.output, titles, model)
+    _crossed(a, b, swapped, ["shown as", *names], own.output, model)
+
+
+def _crossed(a: Tensor, b: Tensor, cells: Tensor, names: Sequence[str], output: str, model: IntrospectiveVAE) -> None:
+    """Write a sheet of `cells: [N, M, ...]`, made of rows `a: [N, ...]` and columns `b: [M, ...]`, which stand beside
+    and above them; `names` are of the head and the rows.
+    """
+    import torch
+
+    head = torch.cat([torch.ones_like(a[:1]), b])[None]
+    rows = torch.cat([head, torch.cat([a[:, None], cells], dim=1)])
+    _sheet(rows, output, [Path(name).name for name in names], model)
 
 
 def _images(model: IntrospectiveVAE, source: str, number: int) -> tuple[Tensor, list[str]]:
@@ -334,9 +339,9 @@ def _images(model: IntrospectiveVAE, source: str, number: int) -> tuple[Tensor, 
     from introvae.data.each import each
     from introvae.exchange import read_samples
 
-    if model.config is None or (Path(source).is_file() and preparation_from(model.config["data"]) is None):
-        return read_samples(model, [source])
     preparation = preparation_from(model.config["data"]) if model.config else None
+    if preparation is None and Path(source).is_file():
+        return read_samples(model, [source])
     reasons, found = [], []
     for reading in each(source, preparation):
         if reading.x is None:

@@ -27,7 +27,7 @@ def export(words: list[str]) -> None:
     run = Run.open(own.run)
     latents = run.config().objective.encodes != "nothing"
     folder = Path(own.output) if own.output else run.folder / "export"
-    for name, about in exporting.export(run.model().cpu(), folder, own.format, latents).items():
+    for name, about in exporting.export(run.model(), folder, own.format, latents).items():
         taken = ", ".join(f"{key} {shape}" for key, shape in about["inputs"].items()).replace("'", "")
         given = ", ".join(f"{key} {shape}" for key, shape in about["outputs"].items()).replace("'", "")
         print(f"{name:<8} {about['path']}: {taken} -> {given}; at most {about['difference']:.1g} from the model")

@@ -7,7 +7,14 @@ from types import ModuleType
 
 from introvae.errors import MissingExtraError
 
-EXTRAS = {"nibabel": "medical", "onnxruntime": "onnx", "torch_fidelity": "fid", "lpips": "lpips"}
+EXTRAS = {
+    "nibabel": "medical",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "torch_fidelity": "fid",
+    "lpips": "lpips",
+}
 """Module to the extra that brings it."""
 
 
@@ -36,8 +43,7 @@ def import_extra(module: str) -> ModuleType:
     try:
         return import_module(module)
     except Exception as error:  # a broken library may raise anything, not only ImportError
-        name = module.partition(".")[0]
-        extra = EXTRAS.get(name, "onnx" if name.startswith("onnx") else module)
+        extra = EXTRAS.get(module.partition(".")[0], module)
         raise MissingExtraError(
             f"{module} cannot be imported ({error}): give yourself the extra with pip install 'introvae[{extra}]'"
         ) from error

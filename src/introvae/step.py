@@ -327,14 +327,10 @@ class IntrospectiveStep(Players):
         columns = [judged.z, judged.posterior.mean, judged.posterior.logvar]
         if judged.reconstruction_error is not None:
             columns.append(judged.reconstruction_error[:, None])
-        if judged.kl_weight is not None:
-            columns.append(judged.kl_weight)
         found = self.peers.gather(torch.cat(columns, dim=1))
         z, mean, logvar, *rest = found.split([column.shape[1] for column in columns], dim=1)
-        weight = None if judged.kl_weight is None else rest.pop()
         error = rest[0].squeeze(1) if rest else None
-        posterior = DiagonalGaussian(mean, logvar)
-        return replace(judged, z=z, posterior=posterior, reconstruction_error=error, kl_weight=weight)
+        return replace(judged, z=z, posterior=DiagonalGaussian(mean, logvar), reconstruction_error=error)
 
     def _decode(self, of_real: Tensor, prior: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The images of two batches of latents."""

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,16 @@ def detect(
         scores.remove("latent")
         judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
     truth = Truth.read(labels, masks, judge.model)
-    next(judge.read(images), None)  # a source that cannot be opened is told before the thresholds' minutes
+    started = time.perf_counter()
+    batches = judge.read(images)
+    first = next(batches, [])  # a source that cannot be opened is told before the thresholds' minutes
+    opening = time.perf_counter() - started
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
     usual = judge.usual(normals)
     pixels = PixelCurve() if truth.masks is not None else None
     started = time.perf_counter()
-    found = judge.search(images, truth, pixels)
-    seconds = time.perf_counter() - started
+    found = judge.search(chain([first], batches), truth, pixels)
+    seconds = opening + time.perf_counter() - started
     scored = sum(not reason for reason in found.reasons)
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")

@@ -65,7 +65,7 @@ def export(
     `TOLERANCE`, for batches of 1 and 5. Of objectives that encode the mode alone, the log-variance is untrained.
 
     Arguments:
-        model: in any mode and place; exported in evaluation mode, for the CPU where it matters ("torch").
+        model: in any mode and place; exported in evaluation mode, for the CPU.
         folder: made if need be.
         format: "onnx" (`encoder.onnx`; extra `[onnx]`) or "torch" (`encoder.pt2`, for `torch.export.load`).
         latents: leave the encoder out where it gives none (a critic).
@@ -93,10 +93,10 @@ def export(
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_extra(module)
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    folder, found = Path(folder), {}
+    folder, latent, found = Path(folder), (model.latent_dim,), {}
     for name, player, shape, outputs in (
-        ("encoder", Encoder(model), sample, ("posterior_mean", "posterior_logvar")),
-        ("decoder", Decoder(model), (model.latent_dim,), ("reconstruction",)),
+        ("encoder", Encoder(model), sample, dict.fromkeys(("posterior_mean", "posterior_logvar"), latent)),
+        ("decoder", Decoder(model), latent, {"reconstruction": sample}),
     ):
         if name == "encoder" and not latents:
             continue
@@ -106,7 +106,7 @@ def export(
         path = folder / f"{name}{SUFFIX[format]}"
         try:
             program = _program(player, _example(model, shape, 3))
-            content = _onnx(program, list(inputs), outputs) if format == "onnx" else _archive(program)
+            content = _onnx(program, list(inputs), list(outputs)) if format == "onnx" else _archive(program)
             difference = _difference(_loaded(content, format), player, model, shape)
         except Exception as error:  # whatever a registered network does that cannot be traced, written or run
             raise CheckpointError(f"the {name} cannot be exported ({first_line(error)}): mend its network") from error
@@ -116,8 +116,7 @@ def export(
                 "network"
             )
         _write(path, content)
-        of = {"posterior_mean": [model.latent_dim], "posterior_logvar": [model.latent_dim]}
-        shapes = {output: ["N", *of.get(output, sample)] for output in outputs}
+        shapes = {output: ["N", *shape] for output, shape in outputs.items()}
         found[name] = {"path": str(path), "inputs": inputs, "outputs": shapes, "difference": difference}
     _tell(model, folder, found)
     return found
@@ -128,7 +127,7 @@ def _tell(model: IntrospectiveVAE, folder: Path, found: Mapping[str, Mapping[str
     path = folder / "export.json"
     config = model.config or {}
     told = {key: config.get(key) for key in ("network", "shape", "latent_dim", "data", "classes")}
-    told["weights"] = sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+    told["weights"] = sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()
     files: dict[str, Any] = {}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +167,7 @@ def _archive(program: Any) -> bytes:
 def _onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
     with _quiet():
         written = torch.onnx.export(
-            program, input_names=list(inputs), output_names=list(outputs), opset_version=OPSET, verbose=False
+            program, input_names=inputs, output_names=outputs, opset_version=OPSET, verbose=False
         )
         assert written is not None
         return written.model_proto.SerializeToString()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -210,10 +210,10 @@ class Judge:
         found, full = (float(maps.kthvalue(rank).values) for rank in ranks)
         return Usual(found, max(full, 1e-12))
 
-    def search(self, images: str | Path, truth: Truth, pixels: PixelCurve | None) -> Found:
-        """Score everything, in order."""
+    def search(self, batches: Iterable[list[Reading]], truth: Truth, pixels: PixelCurve | None) -> Found:
+        """Score everything that `read` gives, in order."""
         found = Found(scores={name: [] for name in self.scores})
-        for batch in self.read(images):
+        for batch in batches:
             able = [reading for reading in batch if reading.x is not None]
             x = torch.stack([reading.x for reading in able if reading.x is not None]) if able else None
             scores = {} if x is None else {name: values.tolist() for name, values in self.score(x).items()}

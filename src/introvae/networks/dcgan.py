@@ -32,8 +32,7 @@ class DCGANEncoder(Stages):
         self, shape: tuple[int, int, int], latent_dim: int, channels: Sequence[int], norm: str, hidden: int, depth: int
     ) -> None:
         super().__init__()
-        ways = pairwise((shape[0], *channels))
-        self.convs = nn.ModuleList(sized(nn.Conv2d(a, b, 4, stride=2, padding=1), GAIN) for a, b in ways)
+        self.convs = halving_convs((shape[0], *channels))
         self.norms = nn.ModuleList(make_norm(norm, width) for width in channels)
         side = shape[1] >> len(channels)
         widths = [channels[-1] * side * side, *[hidden] * depth]
@@ -62,13 +61,7 @@ class DCGANDecoder(Stages):
         widths = [latent_dim, *[hidden] * depth, self.width * self.side**2]
         self.layers = nn.ModuleList(sized(nn.Linear(a, b), math.sqrt(2)) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(make_norm(norm, width) for width in reversed(channels))
-        # Of a 4x4 kernel of stride 2, each output pixel sees 2x2. The small last gain makes the first images grey.
-        self.convs = nn.ModuleList(
-            sized(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), gain, inputs=4 * a)
-            for (a, b), gain in zip(
-                pairwise((*reversed(channels), shape[0])), [math.sqrt(2)] * (len(channels) - 1) + [0.5], strict=True
-            )
-        )
+        self.convs = doubling_convs((*reversed(channels), shape[0]), math.sqrt(2))
 
     def forward(self, z: Tensor) -> Tensor:
         h = z
@@ -79,6 +72,21 @@ class DCGANDecoder(Stages):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = self.stage(lambda h, conv=conv, norm=norm: conv(F.relu(norm(h))), h)
         return torch.sigmoid(wide(h))
+
+
+def halving_convs(widths: Sequence[int]) -> nn.ModuleList:
+    """4x4 convolutions of stride 2 from each width to the next, for LeakyReLU."""
+    return nn.ModuleList(sized(nn.Conv2d(a, b, 4, stride=2, padding=1), GAIN) for a, b in pairwise(widths))
+
+
+def doubling_convs(widths: Sequence[int], gain: float) -> nn.ModuleList:
+    """4x4 transposed convolutions of stride 2 from each width to the next, all but the last with this gain."""
+    # Of a 4x4 kernel of stride 2, each output pixel sees 2x2. The small last gain makes the first images grey.
+    gains = [*[gain] * (len(widths) - 2), 0.5]
+    return nn.ModuleList(
+        sized(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), gain, inputs=4 * a)
+        for (a, b), gain in zip(pairwise(widths), gains, strict=True)
+    )
 
 
 def strided_widths(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from introvae.errors import ConfigError, not_negative, positive, whole
 from introvae.networks.blocks import GAIN, SLOPE, Stages, sized
 from introvae.networks.conv import in_channels_last
-from introvae.networks.dcgan import strided_widths
+from introvae.networks.dcgan import doubling_convs, halving_convs, strided_widths
 from introvae.networks.style import adain, instance_norm
 from introvae.precision import unrounded, wide
 
@@ -36,10 +36,7 @@ class DisentangledEncoder(Stages):
         super().__init__()
         self.class_dim = class_dim
         side = shape[1] >> len(channels)
-        ways = list(pairwise((shape[0], *channels)))
-        self.class_convs, self.content_convs = (
-            nn.ModuleList(sized(nn.Conv2d(a, b, 4, stride=2, padding=1), GAIN) for a, b in ways) for _ in range(2)
-        )
+        self.class_convs, self.content_convs = (halving_convs((shape[0], *channels)) for _ in range(2))
         self.class_head = _layers([channels[-1], *[hidden] * depth, 2 * class_dim])
         self.content_head = _layers([channels[-1] * side * side, *[hidden] * depth, 2 * (latent_dim - class_dim)])
 
@@ -76,13 +73,7 @@ class DisentangledDecoder(Stages):
         self.content = _layers([latent_dim - class_dim, *[hidden] * depth, self.width * self.side**2])
         self.mapping = _layers([class_dim, *[hidden] * max(1, depth)])
         self.styles = nn.ModuleList(sized(nn.Linear(hidden, 2 * width), 1.0) for width in reversed(channels))
-        # Of a 4x4 kernel of stride 2, each output pixel sees 2x2. The small last gain makes the first images grey.
-        self.convs = nn.ModuleList(
-            sized(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), gain, inputs=4 * a)
-            for (a, b), gain in zip(
-                pairwise((*reversed(channels), shape[0])), [GAIN] * (len(channels) - 1) + [0.5], strict=True
-            )
-        )
+        self.convs = doubling_convs((*reversed(channels), shape[0]), GAIN)
 
     def forward(self, z: Tensor) -> Tensor:
         of_class, content = z[:, : self.class_dim], z[:, self.class_dim :]

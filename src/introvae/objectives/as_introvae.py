@@ -28,7 +28,7 @@ class ASIntroVAE(Objective):
     D is the squared maximum mean discrepancy between two batches of posteriors under the Gaussian-overlap kernel
     (see `as_distance`); the encoder maximises it, the decoder minimises it. c grows from 0 at the end of the warm-up
     to 1 after a fifth of the adversarial steps; from then on the objective is Soft-IntroVAE. With `annealed_to` below 1
-    the distance stays in the game, which keeps the shares that samples have of the data's modes.
+    the distance stays in the game.
 
     Arguments:
         beta_rec, beta_kl, beta_neg: as in `SoftIntroVAE`.

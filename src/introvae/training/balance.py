@@ -95,15 +95,15 @@ def _sharpness(objective: Any) -> float:
     return getattr(objective, "alpha", 2.0) * getattr(objective, "annealed_to", 1.0)
 
 
-def led(objective: Any, c: float) -> bool:
-    """Whether AS-IntroVAE's distance leads at this c: then nobody wants anything of the fakes' KL yet.
+def led(objective: Any, values: Mapping[str, float]) -> bool:
+    """Whether AS-IntroVAE's distance leads at these values: then nobody wants anything of the fakes' KL yet.
 
     Example:
         >>> from introvae import ASIntroVAE
-        >>> led(ASIntroVAE(), 0.8), led(ASIntroVAE(annealed_to=0.8), 0.8)
+        >>> led(ASIntroVAE(), {"c": 0.8}), led(ASIntroVAE(annealed_to=0.8), {"c": 0.8})
         (True, False)
     """
-    return c < LED * getattr(objective, "annealed_to", 1.0)
+    return values.get("c", 1.0) < LED * getattr(objective, "annealed_to", 1.0)
 
 
 class Rule(Protocol):

@@ -91,7 +91,7 @@ class Controller:
         if not self._rules or step % EVERY:
             return
         warming = step < self.warmup_steps
-        if not warming and led(self.objective, self._last.get("c", 1.0)):
+        if not warming and led(self.objective, self._last):
             return  # while AS-IntroVAE's distance leads, nobody wants anything of the fakes' KL
         names = ("kl_real",) if warming else ("kl_real", "kl_reconstruction", "kl_sample")
         kls = torch.stack([record[name].float() for name in names])

@@ -130,7 +130,7 @@ class Watch:
 
     def _unfelt(self, step: int, values: Mapping[str, float]) -> Alarm | None:
         """beta_neg is so far off that the encoder does not feel the fakes."""
-        if values.get("beta_neg", 0) <= 0 or led(self.objective, values.get("c", 1.0)):
+        if values.get("beta_neg", 0) <= 0 or led(self.objective, values):
             return None
         # A fake is not felt when its own exponent is too big; the smallest KL has the smallest.
         least = min(self.averages[name] for name in ("kl_real", "kl_reconstruction", "kl_sample"))
@@ -150,7 +150,7 @@ class Watch:
 
     def _exploded(self, values: Mapping[str, float]) -> Alarm | None:
         usual = max(self.reference or 0.0, self.latent_dim / 2, values.get("margin", 0.0))
-        fakes = () if led(self.objective, values.get("c", 1.0)) else ("kl_reconstruction", "kl_sample")
+        fakes = () if led(self.objective, values) else ("kl_reconstruction", "kl_sample")
         for name in ("kl_real", *fakes):
             kl = self.averages[name]
             if kl <= EXPLODED * usual:
@@ -166,7 +166,7 @@ class Watch:
         """States that are wrong only when they last."""
         real = self.averages["kl_real"]
         fake = (self.averages["kl_reconstruction"] + self.averages["kl_sample"]) / 2
-        asleep = fake < ASLEEP * real and real >= LEAST_KL and not led(self.objective, values.get("c", 1.0))
+        asleep = fake < ASLEEP * real and real >= LEAST_KL and not led(self.objective, values)
         share = self.averages["apart_fakes"] / max(self.averages["apart_real"], 1e-30)
         self.was_diverse = self.was_diverse or share > DIVERSE
         if self._lasts(step, "alike", self.was_diverse and share < ALIKE, ALIKE_STEPS):
