@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo faces test slow check bench clean
+.PHONY: demo faces test test-studio slow check bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -30,6 +30,11 @@ check: $(VENV)/.ready
 # Two processes with one thread each: faster than one with two, and the same on any number of cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# The studio in a real browser: Debian's chromium, installed where it is missing and may be; without one, tests say so and skip.
+test-studio: $(VENV)/.ready
+	command -v chromium >/dev/null || (apt-get update && apt-get install -y chromium) >/dev/null 2>&1 || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m studio -rs tests/test_studio.py
 
 # What takes minutes: networks at full size.
 slow: $(VENV)/.ready

@@ -45,7 +45,7 @@ LAYERS = [
     {"report"},
     {"evaluation", "exchange"},
     {"apps"},
-    {"comparison"},
+    {"comparison", "studio"},
     {"commands"},
     {"cli_explore", "cli_share", "cli_detect"},
     {"cli"},

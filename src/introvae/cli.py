@@ -410,6 +410,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "translate": _elsewhere("cli_explore", "translate"),
     "detect": _elsewhere("cli_detect", "detect"),
     "export": _elsewhere("cli_share", "export"),
+    "studio": _elsewhere("cli_share", "studio"),
     "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,

@@ -31,3 +31,28 @@ def export(words: list[str]) -> None:
         taken = ", ".join(f"{key} {shape}" for key, shape in about["inputs"].items()).replace("'", "")
         given = ", ".join(f"{key} {shape}" for key, shape in about["outputs"].items()).replace("'", "")
         print(f"{name:<8} {about['path']}: {taken} -> {given}; at most {about['difference']:.1g} from the model")
+
+
+def studio(words: list[str]) -> None:
+    """A web page about runs and models, on this machine only."""
+    parser = parser_for(
+        "studio",
+        "Look at trained models on a web page: samples, reconstructions, scores and heat maps of your images, ways\n"
+        "through the latent space, nearest training images, the curves of a run while it trains. Several runs stand\n"
+        "side by side with the same seeds. The page answers this machine only (127.0.0.1) and asks no other for\n"
+        "anything; from afar, take ssh -L 7860:127.0.0.1:7860 HOST.",
+        "example:\n  introvae studio runs/mine             (extra: pip install 'introvae[studio]')\n"
+        "  introvae studio runs/a runs/b --port 8000\n  introvae studio runs/faces --direction smile.safetensors",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN|MODEL", help="run folders, finished or not, or saved models")
+    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860 on)")
+    direction = "directions of the latent space that introvae edit --save wrote, of the first run's model"
+    parser.add_argument("--direction", nargs="+", default=[], metavar="FILE", help=direction)
+    own = parser.parse_args(words)
+    from introvae.extras import import_extra
+    from introvae.studio.page import serve
+    from introvae.studio.view import View
+
+    import_extra("gradio")  # missing, it is said before anything is loaded
+    views = [View(source, own.direction if i == 0 else ()) for i, source in enumerate(own.runs)]
+    serve(views, own.port, lambda address: print(f"studio   {address}\nCtrl-C ends it", flush=True))

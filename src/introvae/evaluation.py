@@ -42,6 +42,7 @@ from introvae.report.page import render
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig
 from introvae.training.devices import pick_device
+from introvae.training.ema import averaged_weights
 from introvae.training.preview import preview
 from introvae.training.run import Run
 
@@ -384,7 +385,7 @@ def _raw_weights(run: Run, model: IntrospectiveVAE) -> dict[str, torch.Tensor] |
         return None
     try:
         state = load_checkpoint(found[-1], model.device)
-        averaged = {name.removeprefix("module."): x for name, x in state["average"].items() if name != "n_averaged"}
+        averaged = averaged_weights(state["average"])
         raw, saved = state["players"]["model"], model.state_dict()
         check_state(averaged, saved, str(found[-1]))
         check_state(raw, saved, str(found[-1]))

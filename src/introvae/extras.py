@@ -12,6 +12,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "gradio": "studio",
     "torch_fidelity": "fid",
     "lpips": "lpips",
 }

@@ -290,6 +290,28 @@ class IntrospectiveVAE(nn.Module):
         write_atomically(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
 
     @classmethod
+    def from_config(cls, config: dict[str, Any], path: str = "config") -> IntrospectiveVAE:
+        """A new model of the kind that `model.config` describes; its weights are drawn apart from all other draws.
+
+        Raises:
+            CheckpointError: it describes no known model; the message names `path`.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return cls.build(
+                    tuple(config["shape"]),
+                    config["network"],
+                    config["latent_dim"],
+                    data=config["data"],
+                    classes=Classes.from_dict(config.get("classes")),
+                    **config["options"],
+                )
+        except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path} describes no known model ({error}): restore it from a copy, or register its network first"
+            ) from error
+
+    @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> IntrospectiveVAE:
         """Load what `save_pretrained` wrote, in evaluation mode; no code of the source is run.
 
@@ -304,22 +326,7 @@ class IntrospectiveVAE(nn.Module):
         from safetensors.torch import load_file
 
         folder = _fetch(source, revision)
-        config = _read_config(folder / "config.json")
-        try:
-            with torch.random.fork_rng(devices=[]):
-                model = cls.build(
-                    tuple(config["shape"]),
-                    config["network"],
-                    config["latent_dim"],
-                    data=config["data"],
-                    classes=Classes.from_dict(config.get("classes")),
-                    **config["options"],
-                )
-        except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise CheckpointError(
-                f"{folder / 'config.json'} describes no known model ({error}): restore it from a copy, or register its "
-                "network first"
-            ) from error
+        model = cls.from_config(_read_config(folder / "config.json"), str(folder / "config.json"))
         path = folder / "model.safetensors"
         try:
             tensors = load_file(path)

@@ -122,6 +122,16 @@ def latent_use(kl_per_dimension: Tensor) -> Figure:
     return figure
 
 
+def latent_bars(latent: Tensor) -> Figure:
+    """One latent `[Z]`, a bar for each dimension, in standard deviations of the prior."""
+    figure, (axis,) = _axes(1)
+    shown = latent[:BARS].tolist()
+    axis.bar(range(len(shown)), shown, width=1.0, color=REAL)
+    axis.axhline(0, color="#888888", lw=0.6)
+    axis.set(title="Latent, standard deviations of the prior", xlabel="dimension", xlim=(-0.5, len(shown) - 0.5))
+    return figure
+
+
 def error_histogram(values: Tensor, title: str) -> Figure:
     """How a measure of the reconstructions `[N]` is spread over the held-out samples."""
     figure, (axis,) = _axes(1)

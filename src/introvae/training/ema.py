@@ -48,6 +48,9 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
         self.updates = int(state["n_averaged"])
-        self.model.load_state_dict(
-            {name.removeprefix("module."): x for name, x in state.items() if name != "n_averaged"}
-        )
+        self.model.load_state_dict(averaged_weights(state))
+
+
+def averaged_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights in what `Average.state_dict` gave, by the names that they have in the model."""
+    return {name.removeprefix("module."): x for name, x in state.items() if name != "n_averaged"}

@@ -410,6 +410,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain values."""
         return {
+            "model": self.model.config,
             "players": self.step.state_dict(),
             "average": self.average.state_dict(),
             "controller": self.controller.state_dict(),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from introvae.errors import ConfigError, RunError
 from introvae.files import write_atomically
-from introvae.model import IntrospectiveVAE
+from introvae.model import IntrospectiveVAE, check_state
+from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig, load_config
+from introvae.training.ema import averaged_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,6 +109,27 @@ class Run:
         if not (self.model_folder / "config.json").is_file():
             raise RunError(f"{self.folder} has no model yet: finish it with introvae fit --resume {self.folder}")
         return IntrospectiveVAE.from_pretrained(self.model_folder)
+
+    def latest(self) -> tuple[IntrospectiveVAE, int]:
+        """The model of the newest checkpoint, while the training goes on or after it: averaged weights, evaluation
+        mode; and the step that it is of.
+
+        Raises:
+            RunError: there is no checkpoint yet, or an older version made it, which did not write what model it is of.
+            CheckpointError: it is damaged.
+        """
+        found = list_checkpoints(self.checkpoints)
+        state = load_checkpoint(found[-1], "cpu") if found else {}
+        if not state.get("model"):
+            raise RunError(
+                f"{self.folder} has no checkpoint that tells its model yet: wait for the next one, or finish it with "
+                f"introvae fit --resume {self.folder}"
+            )
+        path = str(found[-1])
+        model, weights = IntrospectiveVAE.from_config(state["model"], path), averaged_weights(state["average"])
+        check_state(weights, model.state_dict(), path)
+        model.load_state_dict(weights)
+        return model.eval(), state["step"]
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl about training steps, up to one that a crash cut."""

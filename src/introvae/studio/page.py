@@ -1,0 +1,406 @@
+"""The studio's web page: gradio's components around `view`, for this machine only."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from introvae.apps.heatmaps import MAPS
+from introvae.errors import ConfigError, IntrovaeError
+from introvae.extras import import_extra
+from introvae.studio.view import KINDS, MOST_SAMPLES, Source, View
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+HOST = "127.0.0.1"
+PORTS = range(7860, 7960)
+"""The first free one is taken where none is asked for."""
+MOST_BYTES = 25 * 2**20
+"""Larger uploads are refused."""
+AT_ONCE = 4
+"""So many requests are answered at a time; more would only share the processor."""
+LOOK_EVERY = 3.0
+"""Seconds between two looks at the log of a run that trains."""
+MOVABLE = 8
+"""Sliders for latent dimensions at most, the most active ones."""
+REACH = 4.0
+"""How far sliders of the latent go, in standard deviations of the prior."""
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'; object-src 'none'"
+)
+"""With it the browser itself asks no other machine for anything."""
+HEADERS = (
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+STYLE = """
+.pixels img {image-rendering: pixelated; object-fit: contain}
+.wide img {width: 100%}
+"""
+
+log = logging.getLogger("introvae")
+
+
+def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str], Any] = print) -> None:
+    """Show the page until Ctrl-C, on 127.0.0.1; uploads are kept in a folder that is removed at the end.
+
+    Arguments:
+        views: what is shown.
+        port: by default the first free one of `PORTS`.
+        ready: called with the page's address as soon as it answers.
+
+    Raises:
+        MissingExtraError: gradio is not installed.
+        ConfigError: the port is taken, or none of `PORTS` is free.
+    """
+    import_extra("gradio")
+    import uvicorn
+
+    listening = _listening(port)
+    with tempfile.TemporaryDirectory(prefix="introvae-studio-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        config = uvicorn.Config(application(views), log_level="warning", access_log=False)
+        server = uvicorn.Server(config)
+        ready(f"http://{HOST}:{listening.getsockname()[1]}/")
+        server.run(sockets=[listening])
+
+
+def _listening(port: int | None) -> socket.socket:
+    for candidate in PORTS if port is None else (port,):
+        found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((HOST, candidate))
+            found.listen(128)  # who asks before the page is built waits
+        except (OSError, OverflowError):
+            found.close()
+            continue
+        return found
+    taken = f"port {port} is" if port is not None else f"ports {PORTS[0]} to {PORTS[-1]} are"
+    raise ConfigError(f"{taken} not to be had on {HOST}: give another --port")
+
+
+def application(views: Sequence[View]) -> FastAPI:
+    """The page and what it asks for, as a web application that answers only as this machine.
+
+    Arguments:
+        views: what is shown, at least one.
+
+    Raises:
+        MissingExtraError: gradio is not installed.
+        ConfigError: no views.
+    """
+    gr = import_extra("gradio")
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if not views:
+        raise ConfigError("there is nothing to show: give a run or a model")
+    app = FastAPI(openapi_url=None)
+    fonts = {
+        "font": [gr.themes.Font("system-ui"), "sans-serif"],
+        "font_mono": [gr.themes.Font("ui-monospace"), "monospace"],
+    }
+    gr.mount_gradio_app(
+        app,
+        page(views),
+        path="/",
+        server_name=HOST,
+        footer_links=[],
+        run_history=False,
+        show_error=True,
+        max_file_size=MOST_BYTES,
+        allowed_paths=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        css=STYLE,
+        theme=gr.themes.Default(**fonts),
+    )
+    app.add_middleware(_Headers)
+    # A page of elsewhere whose name is made to point here is not answered.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    return app
+
+
+class _Headers:
+    """Adds `HEADERS` to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+def page(views: Sequence[View]) -> Any:
+    """gradio's Blocks of the whole page."""
+    gr = import_extra("gradio")
+    named = _by_name(views)
+    encoding = {name: view for name, view in named.items() if view.encodes}
+    with gr.Blocks(title="introvae studio", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        gr.Markdown("\n\n".join(["# introvae studio", *(f"**{name}**: {v.facts()}" for name, v in named.items())]))
+        _samples_tab(gr, named)
+        if encoding:
+            _image_tab(gr, encoding)
+            _between_tab(gr, encoding)
+        _moving_tab(gr, named)
+        if any(view.run is not None for view in views):
+            _training_tab(gr, {name: view for name, view in named.items() if view.run is not None})
+    blocks.queue(default_concurrency_limit=AT_ONCE)
+    return blocks
+
+
+def _by_name(views: Sequence[View]) -> dict[str, View]:
+    """Views by their names; of equal ones, the later have a number."""
+    named: dict[str, View] = {}
+    for view in views:
+        name, number = view.name, 1
+        while name in named:
+            number += 1
+            name = f"{view.name} ({number})"
+        named[name] = view
+    return named
+
+
+def _said(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What was asked for and cannot be is said on the page in one line, without a traceback."""
+    gr = import_extra("gradio")
+
+    @functools.wraps(function)
+    def wrapped(*words: Any) -> Any:
+        try:
+            return function(*words)
+        except IntrovaeError as error:
+            raise gr.Error(str(error), title="That will not do", print_exception=False) from None
+
+    return wrapped
+
+
+def _whole(value: float | None) -> int:
+    """A number field's value, which is None when it is empty."""
+    return 0 if value is None else int(value)
+
+
+def _picture(gr: Any, title: str, *classes: str, **settings: Any) -> Any:
+    """A picture under its title; gradio's own label would lie upon it."""
+    with gr.Column(min_width=160):
+        gr.Markdown(title)
+        return gr.Image(
+            type="pil",
+            format="png",
+            label=title,
+            show_label=False,
+            interactive=False,
+            buttons=["download"],
+            elem_classes=["pixels", *classes],
+            **settings,
+        )
+
+
+def _chooser(gr: Any, named: dict[str, View]) -> Any:
+    """Which of several runs; hidden where there is one."""
+    return gr.Dropdown(list(named), value=next(iter(named)), label="run", visible=len(named) > 1)
+
+
+def _classes(gr: Any, named: dict[str, View]) -> Any:
+    """A class, for models that know some."""
+    names = list(dict.fromkeys(name for view in named.values() for name in view.labels))
+    return gr.Dropdown(names, value=None, label="class", visible=bool(names))
+
+
+def _samples_tab(gr: Any, named: dict[str, View]) -> None:
+    def draw(seed: float | None, number: float, truncation: float, label: str | None) -> list[Any]:
+        return [view.samples(_whole(seed), int(number), truncation, label) for view in named.values()]
+
+    with gr.Tab("Samples"):
+        with gr.Row():
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
+            number = gr.Slider(1, min(MOST_SAMPLES, 144), value=36, step=1, label="number")
+            truncation = gr.Slider(
+                0, 1.5, value=1.0, step=0.05, label="truncation (1: as trained)", elem_id="truncation"
+            )
+            label = _classes(gr, named)
+            another = gr.Button("another seed", elem_id="another")
+        first = draw(0, 36, 1.0, None)  # made before anyone comes
+        with gr.Row():
+            shown = [
+                _picture(gr, name, value=picture, elem_id=f"samples-{i}", height=560)
+                for i, (name, picture) in enumerate(zip(named, first, strict=True))
+            ]
+        inputs = [seed, number, truncation, label]
+        for changed in inputs:
+            changed.change(_said(draw), inputs, shown, trigger_mode="always_last", show_progress="hidden")
+        another.click(lambda value: (_whole(value) + 1) % 2**32, seed, seed, show_progress="hidden")
+
+
+def _picker(gr: Any, named: dict[str, View], title: str, number: int = 0) -> list[Any]:
+    """Components that say which image is meant, in the order of `_source`'s arguments."""
+    with gr.Group():
+        kind = gr.Radio(list(KINDS), value="sample", label=title)
+        which = gr.Number(number, label="seed of the sample, or number of the held-out image", precision=0, minimum=0)
+        upload = gr.File(label="image file", type="filepath", height=120)
+        label = _classes(gr, named)
+    return [kind, upload, which, label]
+
+
+def _source(kind: str, upload: str | None, number: float | None, label: str | None) -> Source:
+    return Source(kind, upload, _whole(number), label)
+
+
+def _on_pick(picker: Sequence[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Call the function whenever another image is meant; an upload is meant as soon as it is there."""
+    kind, upload, number, label = picker
+    for event in (kind.input, number.change, label.input):
+        event(_said(function), inputs, outputs, trigger_mode="always_last")
+    upload.upload(lambda: "upload", None, kind, show_progress="hidden").then(_said(function), inputs, outputs)
+
+
+def _image_tab(gr: Any, named: dict[str, View]) -> None:
+    def look(name: str, heat: str, *picked: Any) -> list[Any]:
+        found = named[name].seen(_source(*picked), heat)
+        rows = [
+            [score.name, score.meaning, f"{value:.4g} {score.unit}", f"{100 * below:.0f} %"]
+            for score, value, below in found.scores
+        ]
+        return [found.image, found.reconstruction, found.heat, rows, found.latent, f"Compared with {found.compared}."]
+
+    def near(name: str, by: str, *picked: Any) -> list[Any]:
+        sheet, distances = named[name].nearest(_source(*picked), by=by)
+        return [sheet, "Distances: " + ", ".join(f"{distance:.3g}" for distance in distances)]
+
+    with gr.Tab("An image") as tab:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                run = _chooser(gr, named)
+                picker = _picker(gr, named, "image")
+                heat = gr.Dropdown(list(MAPS), value="residual", label="heat map")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    pictures = [
+                        _picture(gr, title, elem_id=key, height=300)
+                        for key, title in (("image", "image"), ("again", "reconstruction"), ("heat", "where it fails"))
+                    ]
+                scores = gr.Dataframe(
+                    headers=["score", "what it is", "value", "usual images with less"],
+                    column_widths=["15%", "45%", "20%", "20%"],
+                    wrap=True,
+                    interactive=False,
+                    elem_id="scores",
+                )
+                compared = gr.Markdown()
+                latent = gr.Plot(label="latent", format="png")
+                with gr.Row():
+                    by = gr.Dropdown(["latents", "pixels"], value="latents", label="nearest by")
+                    nearest = gr.Button("nearest training images", elem_id="nearest")
+                neighbours = _picture(gr, "Training images, nearest first.", "wide", elem_id="neighbours")
+                distances = gr.Markdown()
+        inputs, outputs = [run, heat, *picker], [*pictures, scores, latent, compared]
+        _on_pick(picker, look, inputs, outputs)
+        for event in (tab.select, run.input, heat.input):
+            event(_said(look), inputs, outputs)
+        nearest.click(_said(near), [run, by, *picker], [neighbours, distances])
+
+
+def _between_tab(gr: Any, named: dict[str, View]) -> None:
+    def way(name: str, steps: float, spherical: bool, *picked: Any) -> Any:
+        half = len(picked) // 2
+        return named[name].between(_source(*picked[:half]), _source(*picked[half:]), int(steps), spherical)
+
+    with gr.Tab("Between two images") as tab:
+        with gr.Row():
+            run = _chooser(gr, named)
+            steps = gr.Slider(2, 16, value=9, step=1, label="steps")
+            spherical = gr.Checkbox(False, label="along the great circle")
+        sheet = _picture(gr, "From the one to the other, the images themselves at the ends.", "wide", elem_id="way")
+        with gr.Row():
+            pickers = [_picker(gr, named, title, number) for number, title in enumerate(("from", "to"))]
+        inputs = [run, steps, spherical, *pickers[0], *pickers[1]]
+        for picker in pickers:
+            _on_pick(picker, way, inputs, [sheet])
+        for event in (tab.select, run.input, steps.release, spherical.input):
+            event(_said(way), inputs, [sheet])
+
+
+def _moving_tab(gr: Any, named: dict[str, View]) -> None:
+    count = min(MOVABLE, *(view.model.latent_dim for view in named.values()))
+
+    def begin(name: str, *picked: Any) -> list[Any]:
+        """The image's latent, and the sliders where it is."""
+        view, source = named[name], _source(*picked)
+        latent = view.latent(source)
+        chosen = view.active[:count]
+        sliders = [
+            gr.update(value=round(max(-REACH, min(REACH, latent[k])), 2), label=f"dimension {k}") for k in chosen
+        ]
+        there = bool(view.directions)
+        known = gr.update(choices=["", *view.directions], value="", visible=there)
+        return [
+            latent,
+            chosen,
+            view.moved(latent, {}, source.label),
+            known,
+            gr.update(value=0.0, visible=there),
+            *sliders,
+        ]
+
+    def move(name: str, latent: Any, chosen: Any, label: str | None, way: str, strength: float, *values: float) -> Any:
+        if not latent:
+            raise ConfigError("no image is chosen yet: choose one first")
+        return named[name].moved(latent, dict(zip(chosen, values, strict=True)), label, way or None, strength)
+
+    with gr.Tab("Move in the latent space") as tab, gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            run = _chooser(gr, named)
+            picker = _picker(gr, named, "start from")
+        with gr.Column(scale=2):
+            sliders = [
+                gr.Slider(-REACH, REACH, value=0.0, step=0.05, label="dimension", elem_id=f"dimension-{i}")
+                for i in range(count)
+            ]
+            direction = gr.Dropdown([""], value="", label="saved direction", visible=False)
+            strength = gr.Slider(-3, 3, value=0.0, step=0.1, label="its strength", visible=False)
+        with gr.Column(scale=2):
+            picture = _picture(gr, "decoded", elem_id="moved", height=420)
+        latent, chosen = gr.State([]), gr.State([])
+        started = [latent, chosen, picture, direction, strength, *sliders]
+        _on_pick(picker, begin, [run, *picker], started)
+        for event in (tab.select, run.input):
+            event(_said(begin), [run, *picker], started)
+        inputs = [run, latent, chosen, picker[3], direction, strength, *sliders]
+        for moved in (*sliders, direction, strength):
+            moved.input(_said(move), inputs, picture, trigger_mode="always_last", show_progress="hidden")
+
+
+def _training_tab(gr: Any, named: dict[str, View]) -> None:
+    def look(name: str) -> list[Any]:
+        view = named[name]
+        view.refresh()
+        return [view.progress(), view.curves(), view.logged]
+
+    def look_again(name: str, known: int) -> list[Any]:
+        return look(name) if named[name].logged != known else [gr.skip()] * 3
+
+    with gr.Tab("Training") as tab:
+        run, progress = _chooser(gr, named), gr.Markdown()
+        curves, known = gr.Plot(label="curves", format="png"), gr.State(-1)
+        outputs = [progress, curves, known]
+        for event in (tab.select, run.input):
+            event(_said(look), run, outputs)
+        timer = gr.Timer(LOOK_EVERY, active=not all(view.finished for view in named.values()))
+        timer.tick(_said(look_again), [run, known], outputs, show_progress="hidden")

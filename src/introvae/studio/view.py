@@ -1,0 +1,473 @@
+"""What the studio shows of one model: pictures and numbers, from words and numbers; no web library is in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from introvae.apps.directions import Direction
+from introvae.apps.explore import Batch, Condition, active_dimensions, batches, decoded, latents, nearest_images, ways
+from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.judge import betas_of
+from introvae.apps.scores import SCORES, Score, score_images
+from introvae.classes import named, samples_of
+from introvae.data import ArrayData
+from introvae.data.scans import is_scan
+from introvae.errors import (
+    ConfigError,
+    DataError,
+    IntrovaeError,
+    RunError,
+    checked_seed,
+    not_negative,
+    one_of,
+    positive,
+    whole,
+)
+from introvae.evaluation import load_for
+from introvae.exchange import read_samples
+from introvae.model import IntrospectiveVAE
+from introvae.pictures import image_grid, to_pil
+from introvae.report import figures
+from introvae.training.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+MOST_PIXELS = 20_000_000
+"""Uploads of more pixels are refused before they are decoded: decoded, 20 million are 60 MB, and a model sees few."""
+MOST_SAMPLES = 256
+SHOWN_SCORES = ("neg_elbo", "error", "kl")
+"""Scores that need nothing but the image, and take no time."""
+COMPARED = 512
+"""So many held-out images tell what is usual."""
+HOT = 0.999
+"""The quantile of their heat that has the last colour of a heat map."""
+ROUNDING = 1e-5
+"""Scores that differ by a smaller share are the same."""
+SIDE = 288
+"""Single pictures are enlarged by whole factors to about this side."""
+KINDS = ("sample", "held-out", "upload")
+
+
+class Source(NamedTuple):
+    """Which image is meant: an uploaded file, a held-out one by its place, or a sample by its seed.
+
+    Arguments:
+        kind: of `KINDS`.
+        path: of an upload.
+        number: place or seed.
+        label: class, for a model of classes.
+    """
+
+    kind: str = "sample"
+    path: str | None = None
+    number: int = 0
+    label: str | None = None
+
+
+class Usual(NamedTuple):
+    """What the run's held-out images have, or samples of the model where the data are not there.
+
+    Arguments:
+        scores: by name, `[N]`.
+        heat: of the hottest pixels, by the name of the map.
+        what: which images these are.
+    """
+
+    scores: dict[str, Tensor]
+    heat: dict[str, float]
+    what: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model makes of an image.
+
+    Arguments:
+        image, reconstruction, heat: pictures of one size.
+        scores: each with its value and the share of usual images that have less.
+        latent: the posterior mean of each dimension, as bars.
+        compared: what the shares are of.
+    """
+
+    image: Image
+    reconstruction: Image
+    heat: Image
+    scores: list[tuple[Score, float, float]]
+    latent: Figure
+    compared: str
+
+
+class View:
+    """A run, finished or not, or a saved model, and all that the studio asks of it.
+
+    Every method is a function of its arguments, draws only from the seed that it is given, and may be called from
+    several threads.
+
+    Arguments:
+        source: a run's folder, or what `IntrospectiveVAE.from_pretrained` takes.
+        directions: files that `introvae edit --save` wrote, besides those in the run's folder.
+
+    Raises:
+        RunError, CheckpointError: nothing there that has a model.
+        ConfigError: the model's samples are no images.
+
+    Example:
+        >>> View("runs/digits").samples(seed=0, number=36)  # doctest: +SKIP
+        <PIL.Image.Image image mode=L size=302x302>
+    """
+
+    def __init__(self, source: str | Path, directions: Sequence[str | Path] = ()) -> None:
+        folder = Path(source)
+        self.run = Run.open(folder) if (folder / "config.yaml").is_file() else None
+        self.name = folder.name or str(source)
+        self.step: int | None = None
+        self._found: dict[str, Any] = {}
+        self._lock = RLock()
+        if self.run is None:
+            self.model = IntrospectiveVAE.from_pretrained(source)
+        else:
+            self.model, self.step = _newest(self.run)
+        shape = self.model.shape
+        if shape is None or len(shape) != 3:
+            raise ConfigError(f"{source} has samples of shape {shape}, no images: look at them with introvae sample")
+        self.shape = shape
+        self.encodes = self.run is None or self.run.config().objective.encodes != "nothing"
+        found = sorted(folder.glob("*.safetensors")) if self.run is not None else []
+        self.directions = {Path(path).stem: Direction.load(path, self.model) for path in [*found, *directions]}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model is the one that the run ended with, or was saved."""
+        return self.step is None
+
+    def refresh(self) -> None:
+        """Take the newest model of a run that trains.
+
+        Raises:
+            RunError, CheckpointError: the run's files are gone or damaged.
+        """
+        with self._lock:
+            if self.run is None or self.finished:
+                return
+            model, step = _newest(self.run)
+            if step != self.step:
+                self.model, self.step = model, step
+                for name in ("usual", "active"):  # of the model; the data stay
+                    self._found.pop(name, None)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes that the model knows."""
+        return list(self.model.classes.names) if self.model.classes is not None else []
+
+    def facts(self) -> str:
+        """The model in one line."""
+        channels, height, width = self.shape
+        said = [f"{'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels"]
+        said.append(f"{self.model.latent_dim} latent dimensions")
+        if self.run is not None:
+            config = self.run.config()
+            said[:0] = [type(config.objective).__name__, f"trained on {config.data}"]
+        if self.step is not None:
+            said.append(f"still training, as it was after {self.step:,} steps")
+        return ", ".join(said)
+
+    # --- samples
+
+    def samples(self, seed: int = 0, number: int = 36, truncation: float = 1.0, label: str | None = None) -> Image:
+        """A sheet of samples; with the same seed, a larger number begins with the same ones.
+
+        Arguments:
+            seed: of the latents, as in `introvae sample`.
+            number: 1 to `MOST_SAMPLES`.
+            truncation: factor of the latents, 0 to 2: below 1 samples are more usual and less various.
+            label: class of all; every class in turn without.
+
+        Raises:
+            ConfigError: a number out of its range, or no such class.
+        """
+        whole(number=number)
+        positive(number=number)
+        if number > MOST_SAMPLES:
+            raise ConfigError(f"number is {number}: give at most {MOST_SAMPLES}")
+        asked = samples_of(self.model.classes, label, number)
+        z = self._drawn(seed, number, truncation)
+        return image_grid(decoded(self.model, z, asked.condition), asked.columns)
+
+    def _drawn(self, seed: int, number: int, truncation: float = 1.0) -> Tensor:
+        not_negative(truncation=truncation)
+        if truncation > 2:
+            raise ConfigError(f"truncation is {truncation}: give 0 to 2")
+        generator = torch.Generator().manual_seed(checked_seed(seed))
+        return truncation * torch.randn(number, self.model.latent_dim, generator=generator)
+
+    # --- single images
+
+    def image(self, source: Source) -> Tensor:
+        """The image that is meant, `[C, H, W]` in [0, 1], prepared as the training data were.
+
+        Raises:
+            DataError: the upload is no image, or too large; there are no held-out images.
+            ConfigError: no such image.
+        """
+        one_of(KINDS, kind=source.kind)
+        if source.kind == "sample":
+            return decoded(self.model, self._drawn(source.number, 1), self._condition(source.label, 1))[0]
+        if source.kind == "held-out":
+            count = self.heldout_count
+            if not 0 <= source.number < count:
+                raise ConfigError(f"there is no held-out image {source.number}: give 0 to {count - 1}")
+            return self._data.heldout[source.number : source.number + 1].tensor()[0]
+        if not source.path:
+            raise DataError("there is no upload yet: choose a file, or another kind of image")
+        return read_upload(self.model, Path(source.path))
+
+    @property
+    def heldout_count(self) -> int:
+        """How many held-out images there are.
+
+        Raises:
+            DataError: the run's data are not there.
+        """
+        return len(self._data.heldout)
+
+    @property
+    def _data(self) -> ArrayData:
+        return self._once("data", self._load)
+
+    def _load(self) -> ArrayData:
+        if self.run is None:
+            raise DataError(f"{self.name} is a model without its data: open its run instead")
+        data = load_for(self.run.config(), self.model, None)
+        assert isinstance(data, ArrayData)  # of a shape that the model takes, so images
+        return data
+
+    def _once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, called once, whatever the number of threads that ask."""
+        with self._lock:
+            if name not in self._found:
+                self._found[name] = find()
+            return self._found[name]
+
+    def _condition(self, label: str | None, count: int) -> Tensor | None:
+        return named(self.model.classes, [label] if label else [], count)
+
+    def seen(self, source: Source, heat: str = "residual") -> Seen:
+        """What the model makes of an image, and how usual that is.
+
+        Arguments:
+            source: the image.
+            heat: kind of heat map: "residual", "latent" or "combined".
+
+        Raises:
+            ConfigError: the run's encoder gives no latents; an unknown map or class.
+            DataError: as in `image`.
+        """
+        one_of(tuple(MAPS), heat=heat)
+        self.check_encodes()
+        x, of = self.image(source)[None], self._condition(source.label, 1)
+        z = latents(self.model, x, of)
+        usual = self.usual
+        scores = []
+        for name, value in self._scores(x, of).items():
+            less = value - ROUNDING * value.abs()  # an image alone is rounded otherwise than in a batch
+            scores.append((SCORES[name], value.item(), float((usual.scores[name] < less).double().mean())))
+        hot = overlay(x, MAPS[heat](self.model, x, condition=of), usual.heat[heat])
+        image, again, where = (enlarged(picture[0]) for picture in (x, decoded(self.model, z, of), hot))
+        return Seen(image, again, where, scores, figures.latent_bars(z[0]), usual.what)
+
+    def _scores(self, x: Tensor, condition: Condition) -> dict[str, Tensor]:
+        beta_rec, beta_kl = betas_of(self.run.config().objective) if self.run is not None else (1.0, 1.0)
+        return score_images(self.model, x, SHOWN_SCORES, beta_rec=beta_rec, beta_kl=beta_kl, condition=condition)
+
+    @property
+    def usual(self) -> Usual:
+        """What usual images have; found once."""
+        return self._once("usual", self._find_usual)
+
+    def _find_usual(self) -> Usual:
+        batch, what = self._some()
+        scores = self._scores(*batch)
+        maps = {name: function(self.model, batch.x, condition=batch.condition) for name, function in MAPS.items()}
+        hot = {name: heat.flatten().sort().values[int(HOT * (heat.numel() - 1))] for name, heat in maps.items()}
+        tiny = torch.finfo(torch.float32).tiny
+        return Usual(scores, {name: max(float(value), tiny) for name, value in hot.items()}, what)
+
+    def _some(self) -> tuple[Batch, str]:
+        """Held-out images, or samples where there are none, and what they are."""
+        try:
+            data = self._data
+            part = data.heldout[:COMPARED]
+            of = self.model.condition_for(part.labels, data.class_names)
+            return Batch(part.tensor(), of), f"{len(part):,} held-out images"
+        except IntrovaeError:
+            of = self.model.draw_condition(COMPARED, torch.Generator().manual_seed(1))
+            x = decoded(self.model, self._drawn(1, COMPARED), of)
+            return Batch(x, of), f"{len(x):,} samples of the model, since its data are not here"
+
+    def nearest(self, source: Source, number: int = 8, by: str = "latents") -> tuple[Image, list[float]]:
+        """The training images that are nearest to an image, on one sheet, and their distances.
+
+        Raises:
+            ConfigError: an unknown space or class, fewer training images.
+            DataError: as in `image`, or the run's data are not there.
+        """
+        if by == "latents":
+            self.check_encodes()
+        x, data = self.image(source)[None], self._data
+        of = self._condition(source.label, 1)
+        found = nearest_images(self.model, x, batches(self.model, data.train, data.class_names), number, by, of)
+        return image_grid(data.train[found.rows[0]].tensor(), columns=number), found.distance[0].tolist()
+
+    # --- ways through the latent space
+
+    def between(self, start: Source, end: Source, steps: int = 9, spherical: bool = False) -> Image:
+        """The way between two images, decoded, on one sheet; the images themselves at its ends.
+
+        Raises:
+            ConfigError, DataError: as in `image` and `apps.explore.ways`.
+        """
+        self.check_encodes()
+        ends = torch.stack([self.image(start), self.image(end)])
+        of = None
+        if self.labels:
+            given = [self._condition(source.label, 1) for source in (start, end)]
+            of = torch.cat([one for one in given if one is not None])
+        way = ways(self.model, ends, steps, spherical, of)[0]
+        return image_grid(torch.cat([ends[:1], way, ends[1:]]), columns=steps + 2)
+
+    @property
+    def active(self) -> list[int]:
+        """All latent dimensions, those first that vary most over held-out images, or samples where there are none;
+        found once.
+        """
+        return self._once("active", self._find_active)
+
+    def _find_active(self) -> list[int]:
+        batch, _ = self._some()
+        return active_dimensions(self.model, [batch], self.model.latent_dim).dimensions.tolist()
+
+    def latent(self, source: Source) -> list[float]:
+        """The latent of an image: the one that a sample was drawn from, the posterior mean of others.
+
+        Raises:
+            ConfigError, DataError: as in `image`.
+        """
+        if source.kind == "sample":
+            return self._drawn(source.number, 1)[0].tolist()
+        self.check_encodes()
+        return latents(self.model, self.image(source)[None], self._condition(source.label, 1))[0].tolist()
+
+    def moved(
+        self,
+        latent: Sequence[float],
+        values: Mapping[int, float],
+        label: str | None = None,
+        direction: str | None = None,
+        strength: float = 0.0,
+    ) -> Image:
+        """The image of a latent of which some dimensions are set to other values, moved along a saved direction.
+
+        Raises:
+            ConfigError: another number of latent dimensions, no such dimension, class or direction.
+        """
+        z = torch.tensor(list(latent))
+        if z.shape != (self.model.latent_dim,):
+            raise ConfigError(f"the latent has {len(z)} dimensions and the model {self.model.latent_dim}")
+        for dimension, value in values.items():
+            if not 0 <= dimension < len(z):
+                raise ConfigError(f"there is no dimension {dimension}: give 0 to {len(z) - 1}")
+            z[dimension] = value
+        if direction:
+            one_of(tuple(self.directions), direction=direction)
+            z = z + strength * self.directions[direction].vector
+        return enlarged(decoded(self.model, z[None], self._condition(label, 1))[0])
+
+    def check_encodes(self) -> None:
+        """Raise `ConfigError` where the encoder gives no latents."""
+        if not self.encodes:
+            raise ConfigError(f"the encoder of {self.name} gives no latents: look at its samples")
+
+    # --- training
+
+    @property
+    def logged(self) -> int:
+        """Length of the log in bytes: it grows while the run trains."""
+        path = self.run.log_path if self.run is not None else None
+        return path.stat().st_size if path is not None and path.is_file() else 0
+
+    def curves(self) -> Figure:
+        """The run's curves, as far as they are logged.
+
+        Raises:
+            RunError: a model without its run, or a run that has logged nothing yet.
+        """
+        rows = self.run.log() if self.run is not None else []
+        if not rows:
+            raise RunError(f"{self.name} has no log: it is a model without its run, or has not begun")
+        return figures.curves(rows, images=True)
+
+    def progress(self) -> str:
+        """How far the run is, in one line."""
+        if self.run is None:
+            return "A saved model, without its run."
+        rows, config = self.run.log(), self.run.config()
+        if not rows:
+            return "Nothing is logged yet."
+        last = rows[-1]
+        said = [f"step {last['step']:,}" + (f" of {config.steps:,}" if config.steps else "")]
+        said += [f"{last['seconds']:,.0f} s of training"] if "seconds" in last else []
+        said += [f"{name} {last[name]:.4g}" for name in ("rec", "kl_real", "kl_sample") if name in last]
+        guarded = len(self.run.events("guard"))
+        said += [f"the guard acted {guarded} times"] if guarded else []
+        return ", ".join(said) + "."
+
+
+def _newest(run: Run) -> tuple[IntrospectiveVAE, int | None]:
+    """The run's model, and the step that it is of where the run has not ended."""
+    return (run.model(), None) if (run.model_folder / "config.json").is_file() else run.latest()
+
+
+def read_upload(model: IntrospectiveVAE, path: Path) -> Tensor:
+    """An uploaded file as the model takes it, `[C, H, W]`.
+
+    Raises:
+        DataError: it is no image, cut off, has more than `MOST_PIXELS` pixels, or holds several; the message names the
+            file without its folder.
+    """
+    from PIL import Image
+
+    if is_scan(path.name):
+        raise DataError(f"{path.name} is a scan of many slices: give one slice as a PNG, or use introvae detect")
+    try:
+        with Image.open(path) as picture:  # reads the head only
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise DataError(f"{path.name} is no image that can be read: give a PNG or JPEG file") from None
+    if width * height > MOST_PIXELS:
+        raise DataError(
+            f"{path.name} has {width:,} x {height:,} pixels, more than {MOST_PIXELS // 10**6} million: make it smaller"
+        )
+    try:
+        x, _ = read_samples(model, [str(path)])
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), path.name)) from None
+    if len(x) != 1:
+        raise DataError(f"{path.name} holds {len(x)} images: give a file of one")
+    return x[0]
+
+
+def enlarged(image: Tensor) -> Image:
+    """One image `[C, H, W]`, its pixels repeated to about `SIDE`."""
+    picture = to_pil(image)
+    factor = max(1, round(SIDE / max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), resample=0)
