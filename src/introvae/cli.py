@@ -36,6 +36,8 @@ commands:
   mix           coarse styles of one image, fine styles of another
   translate     the class of one image, shown as another is
   detect        score images: what does not belong, and where
+  studio        look at runs and models on a web page, on this machine only
+  push          put a run's model on the Hugging Face hub, with a card written from the run
   export        the model as ONNX or torch files that run without introvae
   compare       objectives x data x seeds, or finished runs, in one table with spreads
   recipes       list the settings that come with the package
@@ -409,8 +411,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "mix": _elsewhere("cli_explore", "mix"),
     "translate": _elsewhere("cli_explore", "translate"),
     "detect": _elsewhere("cli_detect", "detect"),
-    "export": _elsewhere("cli_share", "export"),
     "studio": _elsewhere("cli_share", "studio"),
+    "push": _elsewhere("cli_share", "push"),
+    "export": _elsewhere("cli_share", "export"),
     "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,

@@ -56,3 +56,29 @@ def studio(words: list[str]) -> None:
     import_extra("gradio")  # missing, it is said before anything is loaded
     views = [View(source, own.direction if i == 0 else ()) for i, source in enumerate(own.runs)]
     serve(views, own.port, lambda address: print(f"studio   {address}\nCtrl-C ends it", flush=True))
+
+
+def push(words: list[str]) -> None:
+    """A run's model on the Hugging Face hub."""
+    parser = parser_for(
+        "push",
+        "Put a run's model on the Hugging Face hub, with its settings, numbers and a picture of samples, and a card\n"
+        "written from them. No image and no file name of the data goes along. introvae's from_pretrained loads it.",
+        "example:\n  introvae push runs/mine owner/mine --folder card       (look at it first: nothing is sent)\n"
+        "  introvae push runs/mine owner/mine --private --license cc-by-4.0",
+    )
+    parser.add_argument("run", help="the run folder; evaluate it before, then its numbers are in the card")
+    parser.add_argument("name", metavar="OWNER/MODEL", help="on the hub; made where it is not there yet")
+    parser.add_argument("--folder", help="write there what would be sent, and send nothing")
+    parser.add_argument("--private", action="store_true", help="show a new one to yourself only")
+    parser.add_argument("--license", help="of the model, as the hub names it, such as apache-2.0")
+    parser.add_argument("--revision", help="branch to write to (default: the main one)")
+    own = parser.parse_args(words)
+    from introvae.apps import push as pushing
+    from introvae.training.run import Run
+
+    run = Run.open(own.run)
+    if own.folder:
+        print(pushing.package(run, own.folder, own.name, own.license))
+        return
+    print(pushing.push(run, own.name, private=own.private, license=own.license, revision=own.revision))

@@ -1,0 +1,266 @@
+"""A run's model on the Hugging Face hub, with a card that is written from the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from introvae.data import TablePreparation, preparation_from
+from introvae.errors import ConfigError, first_line
+from introvae.files import write_atomically
+from introvae.model import IntrospectiveVAE
+from introvae.pictures import plane_figure, save_picture
+from introvae.report import figures
+from introvae.report.page import MEANING, number
+from introvae.training.run import Run
+
+CARD, MODEL_FILES = "README.md", ("config.json", "model.safetensors")
+PAPERS = {
+    "VAE": ("Auto-Encoding Variational Bayes", "1312.6114"),
+    "IntroVAE": ("IntroVAE: Introspective Variational Autoencoders for Photographic Image Synthesis", "1807.06358"),
+    "SoftIntroVAE": ("Soft-IntroVAE: Analyzing and Improving the Introspective Variational Autoencoder", "2012.13253"),
+    "ASIntroVAE": ("AS-IntroVAE: Adversarial Similarity Distance Makes Robust IntroVAE", "2206.13903"),
+    "WGANGP": ("Improved Training of Wasserstein GANs", "1704.00028"),
+    "AGE": ("It Takes (Only) Two: Adversarial Generator-Encoder Networks", "1704.02304"),
+}
+"""Title and arXiv number of each objective's paper."""
+SHOWN = 64
+"""Samples in the card's picture."""
+
+
+def package(run: Run, folder: str | Path, name: str = "", license: str | None = None) -> Path:
+    """Write what `push` puts on the hub into a folder: model, card, settings, numbers, a picture of samples.
+
+    Nothing of the data is in it: no image, no file name, and of their place the last part only. Of a table, the model
+    itself knows the columns' names, means and spreads.
+
+    Arguments:
+        run: a finished one; its numbers are those of `introvae evaluate`, if it was called.
+        folder: is made.
+        name: on the hub, for the card's example; by default the run's.
+        license: of the model, as the hub names it ("apache-2.0", "cc-by-4.0"); the card has none without.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: the run has no model, or was evaluated with another one.
+        ConfigError: the folder cannot be written.
+    """
+    folder, model = Path(folder), run.model()
+    report = _numbers(run)
+    settings = run.config().to_dict()
+    settings["data"] = _data_name(run)
+    try:
+        for file in MODEL_FILES:
+            write_atomically(folder / file, (run.model_folder / file).read_bytes())
+        write_atomically(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+        if report:
+            write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        pictured = _samples(model, folder / "samples.png")
+        write_atomically(folder / CARD, model_card(run, name or run.folder.name, license, pictured).encode())
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}): choose another folder") from error
+    return folder
+
+
+def push(
+    run: Run,
+    name: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a run's model on the hub; `IntrospectiveVAE.from_pretrained(name)` loads it.
+
+    Arguments:
+        run, license: as in `package`.
+        name: "owner/model"; the repository is made where there is none.
+        private: a new repository is shown to its owner only.
+        revision: branch to write to, which must be there; the main one by default.
+        token: of the hub; by default the one that `hf auth login` or HF_TOKEN left.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ConfigError: a name that the hub does not take, or what the hub said against it.
+        RunError: as in `package`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"the hub takes no name {name!r} ({first_line(error)}): give OWNER/MODEL") from error
+    if name.count("/") != 1:
+        raise ConfigError(f"the hub takes no name {name!r}: give OWNER/MODEL")
+    api = HfApi(token=token, library_name="introvae")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = package(run, scratch, name, license)
+        try:
+            api.create_repo(name, private=private or None, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=name, folder_path=folder, revision=revision, commit_message=f"introvae run {run.folder.name}"
+            )
+        except LocalTokenNotFoundError as error:
+            raise ConfigError("the hub wants to know who you are: give HF_TOKEN, or use hf auth login") from error
+        except HfHubHTTPError as error:
+            code = getattr(error.response, "status_code", None)
+            remedy = "give HF_TOKEN of someone who may write there, or choose another name"
+            raise ConfigError(f"the hub refuses {name} ({code}: {first_line(error)}): {remedy}") from error
+        except Exception as error:  # of whatever library the hub's client asks with
+            raise ConfigError(f"the hub cannot be reached ({first_line(error)}): start again later") from error
+    return str(done.commit_url)
+
+
+def model_card(run: Run, name: str, license: str | None = None, pictured: bool = True) -> str:
+    """The card: metadata as the hub reads them, then what the model is, how it was made, its numbers with their
+    protocols, what it is for, and its limits.
+
+    Arguments:
+        run, name, license: as in `package`.
+        pictured: whether `samples.png` is beside it.
+
+    Raises:
+        RunError: as in `package`.
+    """
+    from huggingface_hub import ModelCardData
+
+    config, model, report = run.config(), run.model(), _numbers(run)
+    objective, shape = type(config.objective).__name__, model.shape or ()
+    images, latents = len(shape) == 3, config.objective.encodes != "nothing"
+    metadata = ModelCardData(
+        library_name="introvae",
+        license=license,
+        pipeline_tag="unconditional-image-generation" if images else None,
+        tags=["introvae", objective, *(["vae"] if latents else []), *(["anomaly-detection"] if latents else [])],
+    )
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {name}"]
+    kind = f"vectors of {math.prod(shape)} values"
+    if len(shape) == 3:
+        channels, height, width = shape
+        kind = f"{'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels"
+    title, arxiv = PAPERS.get(objective, (objective, ""))
+    paper = f"[{title}](https://arxiv.org/abs/{arxiv})" if arxiv else title
+    parts.append(
+        f"A {objective} ({paper}) of {kind}, trained on {_data_name(run)}: an encoder to {model.latent_dim} latent "
+        f"dimensions and a decoder, {sum(p.numel() for p in model.parameters()):,} parameters."
+    )
+    if pictured:
+        parts.append("![Samples](samples.png)\n\nSamples, none selected.")
+    example = [f'model = IntrospectiveVAE.from_pretrained("{name}")', "samples = model.sample(16)"]
+    if latents:
+        example.append("posterior = model.encode(samples); again = model.reconstruct(samples)")
+    code = "\n".join(["from introvae import IntrospectiveVAE", "", *example])
+    parts.append(f"## Use\n\n```python\n{code}\n```\n\n{_input(model)}")
+    parts.append(
+        f"## Training\n\n{_steps(run)} All settings are in `settings.yaml`, with which `introvae fit --recipe "
+        "settings.yaml --data DATA` does it again."
+    )
+    parts.append(f"## Numbers\n\n{_table(report)}")
+    parts.append(f"## Intended use\n\n{_uses(images, latents)}")
+    parts.append(f"## Limits\n\n{_limits(images, latents)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    """The run's metrics, where it was evaluated, without what tells of files."""
+    if not run.report_path.is_file():
+        return {}
+    report = run.report()
+    kept = ("objective", "seed", "steps", "training_seconds", "machine", "train", "heldout", "metrics")
+    return {"data": _data_name(run), **{name: report[name] for name in kept if name in report}}
+
+
+def _data_name(run: Run) -> str:
+    """What the data are called: a name on the hub as it is, of a path the last part."""
+    data = run.config().data
+    elsewhere = data.count("/") == 1 and not Path(data).exists() and not data.startswith(("/", ".", "~"))
+    return data if elsewhere else Path(data).name
+
+
+def _samples(model: IntrospectiveVAE, path: Path) -> bool:
+    """Draw samples; whether there is a picture of such."""
+    shape = model.shape or ()
+    if len(shape) == 3:
+        save_picture(figures.samples(model, seed=0), path)
+    elif shape == (2,) and not isinstance(preparation_from((model.config or {}).get("data", {})), TablePreparation):
+        x = figures.draw(model, 2000, seed=0)
+        save_picture(plane_figure({"samples": x}, {}, float(x.abs().max()) * 1.05), path)
+    else:
+        return False
+    return True
+
+
+def _input(model: IntrospectiveVAE) -> str:
+    preparation = preparation_from((model.config or {}).get("data", {}))
+    if isinstance(preparation, TablePreparation):
+        return f"What goes in are rows of the columns {', '.join(preparation.columns)}, prepared as `config.json` says."
+    if preparation is None:
+        return "What goes in has the shape that `config.json` says, images in [0, 1]."
+    height, width = preparation.size
+    how = f"{width} x {height} pixels by {preparation.fit}, {'grey' if preparation.channels == 1 else 'colour'}"
+    return (
+        f"What goes in are images in [0, 1], prepared as the training data were: {how}, and what else `config.json` "
+        "says. Every command of the package does that."
+    )
+
+
+def _steps(run: Run) -> str:
+    config, rows = run.config(), run.log()
+    said = f"{config.steps:,} steps of {config.batch_size}" if config.steps else f"steps of {config.batch_size}"
+    said += f", seed {config.seed}"
+    if rows and "seconds" in rows[-1]:
+        said += f", {rows[-1]['seconds']:,.0f} s"
+    return said + "."
+
+
+def _table(report: dict[str, Any]) -> str:
+    if not report:
+        return "Not measured: `introvae evaluate` was not called before."
+    lines = ["| measure | value | spread | real data score | protocol |", "|---|---|---|---|---|"]
+    for name, entry in report["metrics"].items():
+        value, std, floor = (number(entry.get(key)) for key in ("value", "std", "floor"))
+        meaning = (MEANING.get(name) or name).split(";")[0]
+        protocol = str(entry.get("protocol", "")).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {meaning} (`{name}`) | {value} | {std} | {floor} | {protocol} |")
+    return "\n".join(lines)
+
+
+def _uses(images: bool, latents: bool) -> str:
+    said = ["Research and teaching on generative models: samples from the prior"]
+    if latents:
+        said.append(
+            "reconstructions, ways through the latent space, and scores of how little a sample belongs to the data"
+        )
+    what = ", ".join(said) + "."
+    return what + (" `introvae detect` and `introvae studio` are made for it." if latents and images else "")
+
+
+def _limits(images: bool, latents: bool) -> str:
+    said = [
+        "- It knows its training data only: what they lack or overdo, samples lack or overdo. Nobody has looked for "
+        "bias in them.",
+        "- Samples may come near to single training examples; the page that `introvae evaluate` writes shows the "
+        "nearest ones.",
+    ]
+    if latents:
+        said.append(
+            "- A score says how unusual an input is to this model, not what is wrong with it. It is no diagnosis; a "
+            "threshold must be found on data like those that it is used on."
+        )
+    if images:
+        said.append(
+            "- Numbers in other feature spaces, of other sizes or numbers of samples are not comparable with these."
+        )
+    return "\n".join(said)

@@ -1,0 +1,193 @@
+"""Pushing to a stand-in for the hub, loading from it, and what the card tells and does not tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hub as stand_in
+from commands import Command, Refused, one_line
+from introvae import IntrospectiveVAE, evaluate, fit
+from introvae.apps.push import PAPERS, model_card, package
+from introvae.objectives import list_objectives
+from introvae.training.run import Run
+
+SECRET = "secret-person"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An evaluated run of a folder whose files have a name that is nobody's business."""
+    base = tmp_path_factory.mktemp(SECRET)
+    folder = base / "faces"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{SECRET}-{i:02d}.png")
+    (folder / f"{SECRET}-broken.png").write_bytes(b"no image")
+    run = fit(data=str(folder), network="tiny-conv", latent_dim=4, steps=2, batch_size=8, out=str(base / "mine"))
+    evaluate(run)
+    return run
+
+
+def test_the_package_is_a_model_with_its_card(run: Run, tmp_path: Path) -> None:
+    folder = package(run, tmp_path / "card", "me/mine", "apache-2.0")
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors", "settings.yaml", "report.json", "samples.png")
+    }
+    model, z = IntrospectiveVAE.from_pretrained(folder), torch.randn(2, 4)
+    assert torch.equal(model.decode(z), run.model().decode(z))
+    card = (folder / "README.md").read_text()
+    for said in (
+        "license: apache-2.0",
+        "library_name: introvae",
+        'from_pretrained("me/mine")',
+        "arxiv.org/abs/2012.13253",
+    ):
+        assert said in card
+    report = run.report()
+    for name, entry in report["metrics"].items():
+        assert f"`{name}`" in card
+        assert entry["protocol"].replace("|", "\\|") in card
+    assert json.loads((folder / "report.json").read_text())["metrics"] == report["metrics"]
+
+
+def test_nothing_tells_of_the_data(run: Run, tmp_path: Path) -> None:
+    assert SECRET in run.report_path.read_text()  # so it would be seen
+    for path in package(run, tmp_path / "card").iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path.name
+
+
+def test_the_cards_example_runs(run: Run, tmp_path: Path) -> None:
+    folder = package(run, tmp_path / "card", str(tmp_path / "card"))
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["again"].shape == (16, 1, 8, 8)
+
+
+def test_the_settings_train_again(run: Run, tmp_path: Path) -> None:
+    folder = package(run, tmp_path / "card")
+    again = fit(recipe=str(folder / "settings.yaml"), data=run.config().data, out=str(tmp_path / "again"))
+    weights = again.model().state_dict()
+    assert all(torch.equal(x, weights[name]) for name, x in run.model().state_dict().items())
+
+
+@pytest.mark.parametrize("data", ["density:8gaussians", "table"])
+@pytest.mark.parametrize("objective", ["VAE", "WGANGP"])
+def test_cards_of_points_and_tables(data: str, objective: str, tmp_path: Path) -> None:
+    if data == "table":
+        rows = np.random.default_rng(0).normal(size=(50, 3))
+        data = str(tmp_path / "wine.csv")
+        Path(data).write_text("acid,sugar,colour\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    run = fit(data=data, objective=objective, network="tiny-mlp", steps=2, batch_size=8, out=str(tmp_path / "run"))
+    folder = package(run, tmp_path / "card")
+    card = (folder / "README.md").read_text()
+    assert "Not measured" in card
+    assert ("acid, sugar, colour" in card) == ("wine" in data)
+    assert (folder / "samples.png").exists() == ("![Samples]" in card) == ("wine" not in data)
+    assert ("diagnosis" in card) == (objective == "VAE")
+    assert "unconditional-image-generation" not in card
+
+
+def test_every_objective_has_its_paper() -> None:
+    assert set(list_objectives()) <= set(PAPERS)
+
+
+def test_names_on_the_hub_stay_and_paths_do_not(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run.config_path.read_text()
+    other, model = Run(tmp_path / "other"), run.model()
+    monkeypatch.setattr(Run, "model", lambda self: model)
+    other.folder.mkdir()
+    for data, name in (("ylecun/mnist", "ylecun/mnist"), ("/home/me/faces", "faces"), ("../faces", "faces")):
+        other.config_path.write_text(re.sub(r"^data: .*$", f"data: {data}", text, flags=re.MULTILINE))
+        assert f"trained on {name}:" in model_card(other, "me/other")
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub() -> Iterator[stand_in.Hub]:
+    with stand_in.hub() as found:
+        yield found
+
+
+def elsewhere(hub: stand_in.Hub, home: Path, *words: str, token: str | None = stand_in.TOKEN) -> Any:
+    """A process of its own, for which the stand-in is the hub."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, check=False, timeout=180
+    )
+
+
+LOAD = """
+import sys, torch, introvae
+model = introvae.IntrospectiveVAE.from_pretrained(sys.argv[1])
+print(model.decode(torch.ones(1, model.latent_dim)).sum().item())
+"""
+
+
+def test_a_pushed_model_is_loaded_by_its_name(run: Run, hub: stand_in.Hub, tmp_path: Path) -> None:
+    words = ("-m", "introvae", "push", str(run.folder), "me/mine", "--private")
+    done = elsewhere(hub, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{hub.address}/me/mine/commit/")
+    assert hub.private == {"me/mine"}
+    files = hub.repositories["me/mine"]
+    assert files["model.safetensors"] == (run.model_folder / "model.safetensors").read_bytes()
+    assert files["README.md"].startswith(b"---\n")
+    loaded = elsewhere(hub, tmp_path, "-c", LOAD, "me/mine", token=None)
+    assert loaded.returncode == 0, loaded.stderr
+    expected = run.model().decode(torch.ones(1, 4)).sum().item()
+    assert float(loaded.stdout) == pytest.approx(expected, rel=1e-6)
+    # Once more, with what has changed.
+    assert elsewhere(hub, tmp_path, *words, "--license", "cc-by-4.0").returncode == 0
+    assert b"license: cc-by-4.0" in hub.repositories["me/mine"]["README.md"]
+
+
+@pytest.mark.parametrize("token", [None, "hf_bad"])
+def test_who_may_not_write_is_told(run: Run, hub: stand_in.Hub, tmp_path: Path, token: str | None) -> None:
+    done = elsewhere(hub, tmp_path, "-m", "introvae", "push", str(run.folder), "me/mine", token=token)
+    assert done.returncode == 2
+    assert one_line(done.stderr), done.stderr
+    assert "HF_TOKEN" in done.stderr
+    assert hub.repositories == {}
+
+
+def test_a_hub_that_is_not_there_is_said(run: Run, tmp_path: Path) -> None:
+    nobody = stand_in.Hub(address="http://127.0.0.1:9")
+    done = elsewhere(nobody, tmp_path, "-m", "introvae", "push", str(run.folder), "me/mine")
+    assert done.returncode == 2
+    assert one_line(done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("name", ["mine", "me/mine/too", "me/..", "me/a b", "-/x"])
+def test_names_that_the_hub_does_not_take(run: Run, refused: Refused, name: str) -> None:
+    assert "OWNER/MODEL" in refused("push", run.folder, name)
+
+
+def test_a_look_before_anything_is_sent(run: Run, command: Command, tmp_path: Path) -> None:
+    said = command("push", run.folder, "me/mine", "--folder", tmp_path / "look")
+    assert said.code in (0, None)
+    assert said.out.strip() == str(tmp_path / "look")
+    assert (tmp_path / "look" / "README.md").is_file()
+
+
+def test_a_run_without_a_model(run: Run, refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(run.config_path.read_text())
+    assert "no model yet" in refused("push", tmp_path, "me/mine")
