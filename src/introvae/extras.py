@@ -13,6 +13,9 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "gradio": "studio",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
     "torch_fidelity": "fid",
     "lpips": "lpips",
 }

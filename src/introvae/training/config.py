@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GUARDS = ("act", "warn", "off")
 COMPILERS = ("none", "cudagraph", "inductor")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_STEPS = 10_000
 
@@ -79,6 +80,9 @@ class FitConfig(DataOptions):
             or off; docs/training.md tells what it recognises.
         gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a
             multiple of log_every; 0 for none.
+        tracker: where the log goes besides log.jsonl: tensorboard (into the run folder), wandb, mlflow, or several with
+            commas between (an extra of the same name each). The trackers' own variables hold, such as WANDB_PROJECT
+            and MLFLOW_TRACKING_URI.
         out: the run folder; by default runs/DATE-DATA-OBJECTIVE.
 
     Raises:
@@ -121,6 +125,7 @@ class FitConfig(DataOptions):
     paired: bool = False
     guard: str = "act"
     gradient_every: int = 0
+    tracker: str = ""
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -157,6 +162,8 @@ class FitConfig(DataOptions):
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILERS, compile=self.compile)
         one_of(GUARDS, guard=self.guard)
+        for name in self.trackers:
+            one_of(TRACKERS, tracker=name)
         if self.augmentation is not None and self.compile == "cudagraph":
             raise ConfigError("compile 'cudagraph' records steps without augmentation: take none, or leave augment out")
         if self.paired and (self.conditional or self.accumulation > 1):
@@ -177,6 +184,11 @@ class FitConfig(DataOptions):
         """What changes the images of the steps; None for nothing."""
         found = Augmentation(self.augment, self.augment_probability)
         return found if found.names else None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that `tracker` names."""
+        return tuple(dict.fromkeys(name.strip() for name in self.tracker.split(",") if name.strip()))
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of step `step` (from 0) of a run of `steps`."""

@@ -27,6 +27,7 @@ from introvae.errors import (
     InterruptedRunError,
     RunError,
 )
+from introvae.extras import import_extra
 from introvae.machine import keep_freed_memory
 from introvae.model import IntrospectiveVAE, check_state
 from introvae.networks import use_gradient_checkpointing
@@ -52,6 +53,7 @@ from introvae.training.resolve import classes_of, load_once, preparation_of, res
 from introvae.training.run import Run
 from introvae.training.signals import stop_on_signal
 from introvae.training.target import Renewal
+from introvae.training.trackers import Trackers
 
 log = logging.getLogger("introvae")
 
@@ -168,6 +170,9 @@ class Trainer:
         self.guard = Guard(config.guard, config.objective, latent_dim, self.controller, self._live, self.peers)
         self.step_index, self.seconds = 0, 0.0
         self._record: dict[str, Tensor] = {}
+        self.trackers: Trackers | None = None
+        for name in config.trackers:
+            import_extra(name)  # what is missing is said before there is a run
 
     def _make_step(self) -> Step:
         config, captured = self.config, self.compile == "cudagraph"
@@ -256,6 +261,9 @@ class Trainer:
             lines = stack.enter_context(open(run.log_path if self.peers.first else os.devnull, "a"))
             stopped = stack.enter_context(stop_on_signal())
             stack.enter_context(self.feed)
+            if self.peers.first and self.config.trackers:
+                self.trackers = Trackers(run, self.config)
+                stack.callback(self.trackers.finish)
             self.guard.begin(self.step_index)
             while self.step_index < self.steps:
                 due = self._one_step()
@@ -281,10 +289,10 @@ class Trainer:
                         f"stopped after step {done} of {self.steps}, state saved: "
                         f"go on with introvae fit --resume {run.folder}"
                     )
-        self._save(run)
-        if self.peers.first:
-            self._picture(run, "final.png")
-            self.averaged_model().save_pretrained(run.model_folder)
+            self._save(run)
+            if self.peers.first:
+                self._picture(run, "final.png")
+                self.averaged_model().save_pretrained(run.model_folder)
         self.peers.wait()
         return run
 
@@ -361,6 +369,8 @@ class Trainer:
             return  # the guard will find it, at the same step in every process
         lines.write(json.dumps(row) + "\n")
         lines.flush()
+        if self.trackers is not None:
+            self.trackers.log(row)
         bar.set_postfix({title: f"{row[name]:.3g}" for name, title in SHOWN.items() if name in row}, refresh=False)
 
     def _tell(self, run: Run, event: dict[str, Any] | None) -> None:
@@ -395,6 +405,8 @@ class Trainer:
         if self.peers.first:
             data = self.data if self.grower is None else self.grower.shown(self.data)
             preview(self.averaged_model(), data, run.images / name, self.config.objective.encodes)
+            if self.trackers is not None:
+                self.trackers.picture(run.images / name, self.step_index)
 
     def _finite(self) -> bool:
         weights = [*self.model.parameters(), *self.average.model.parameters()]
