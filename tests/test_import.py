@@ -47,7 +47,7 @@ LAYERS = [
     {"apps"},
     {"comparison", "studio"},
     {"commands"},
-    {"cli_explore", "cli_share", "cli_detect"},
+    {"cli_explore", "cli_share", "cli_detect", "cli_completion"},
     {"cli"},
     {"__main__"},
 ]
