@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import tempfile
 import time
@@ -134,7 +135,7 @@ def one_class(words: argparse.Namespace) -> list[dict[str, Any]]:
         normal = data.train.tensor()[data.train.labels == digit]
         own = parse_config(settings, recipe_files(words.recipe, settings))
         with tempfile.TemporaryDirectory() as folder:
-            run = fit(own, data=normal, out=str(Path(folder) / "run"), progress=False)
+            run = fit(dataclasses.replace(own, out=str(Path(folder) / "run")), data=normal, progress=False)
             model = run.model()
         scorer = Scorer(model, normal[:FITTED], own.objective, words.draws)
         found = scorer(data.heldout.tensor())
