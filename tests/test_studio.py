@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -317,6 +318,20 @@ def test_the_wildest_upload_is_too_large(tab: Any, studio: Studio) -> None:
     tab.wait_for_selector("text=/exceeds|too large|maximum/i", timeout=30_000)
 
 
+def test_ctrl_c_ends_it_while_a_page_is_open(browser: Any, folders: list[Path], tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    words = [sys.executable, "-m", "introvae", "studio", str(folders[0]), "--port", "0"]
+    with open(said, "w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, text=True)
+    page = browser.new_page()
+    page.goto(_address(process, said))
+    page.wait_for_selector("#samples-0 img")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    page.close()
+    assert "Traceback" not in said.read_text()
+
+
 def test_a_run_that_trains_shows_its_curves_growing(browser: Any, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "introvae"]
     run = tmp_path / "growing"
@@ -335,6 +350,8 @@ def test_a_run_that_trains_shows_its_curves_growing(browser: Any, tmp_path: Path
         try:
             page = browser.new_page()
             page.goto(_address(serving, said))
+            page.wait_for_selector("#samples-0 img")
+            after(page, "samples-0", lambda: page.locator("#another").click())  # a single run's samples follow, too
             open_tab(page, "Training")
             page.wait_for_selector("text=/step [0-9,]+ of 100,000/", timeout=60_000)
             line = page.get_by_text(re.compile(r"step [0-9,]+ of 100,000")).first.inner_text()

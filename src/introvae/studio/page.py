@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from introvae.apps.heatmaps import MAPS
@@ -27,6 +28,8 @@ AT_ONCE = 4
 """So many requests are answered at a time; more would only share the processor."""
 LOOK_EVERY = 3.0
 """Seconds between two looks at the log of a run that trains."""
+GRACE = 1
+"""Seconds that requests have to end after Ctrl-C."""
 MOVABLE = 8
 """Sliders for latent dimensions at most, the most active ones."""
 REACH = 4.0
@@ -68,10 +71,14 @@ def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str],
     listening = _listening(port)
     with tempfile.TemporaryDirectory(prefix="introvae-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        config = uvicorn.Config(application(views), log_level="warning", access_log=False)
+        # Open pages listen on without end: Ctrl-C must not wait for them.
+        config = uvicorn.Config(
+            application(views), log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE
+        )
         server = uvicorn.Server(config)
         ready(f"http://{HOST}:{listening.getsockname()[1]}/")
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
 
 
 def _listening(port: int | None) -> socket.socket:
@@ -225,8 +232,9 @@ def _classes(gr: Any, named: dict[str, View]) -> Any:
 
 
 def _samples_tab(gr: Any, named: dict[str, View]) -> None:
-    def draw(seed: float | None, number: float, truncation: float, label: str | None) -> list[Any]:
-        return [view.samples(_whole(seed), int(number), truncation, label) for view in named.values()]
+    def draw(seed: float | None, number: float, truncation: float, label: str | None) -> Any:
+        sheets = [view.samples(_whole(seed), int(number), truncation, label) for view in named.values()]
+        return sheets if len(sheets) > 1 else sheets[0]  # gradio takes no list for a single picture
 
     with gr.Tab("Samples"):
         with gr.Row():
@@ -237,7 +245,7 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
             )
             label = _classes(gr, named)
             another = gr.Button("another seed", elem_id="another")
-        first = draw(0, 36, 1.0, None)  # made before anyone comes
+        first = [view.samples(0, 36) for view in named.values()]  # made before anyone comes
         with gr.Row():
             shown = [
                 _picture(gr, name, value=picture, elem_id=f"samples-{i}", height=560)
