@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/failures"), help="folder for the pictures")
     parser.add_argument("--steps", type=int, help="shorter runs, for a quick look")
     arguments = parser.parse_args()
-    shown = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "loss_encoder", "loss_decoder")
+    shown = ("rec", "kl_real", "kl_reconstruction", "kl_sample", "loss_encoder", "loss_decoder", "apart_fakes")
     for name in arguments.names:
         settings = CASES[name] | ({"steps": arguments.steps} if arguments.steps else {})
         with tempfile.TemporaryDirectory() as folder:

@@ -88,7 +88,7 @@ def test_the_own_objective_is_short_and_trains_by_its_import_path(tmp_path: Path
     run([sys.executable, "-m", "introvae", *shlex.split(line), "--steps", FEW, "--quiet"], tmp_path)
     settings = (tmp_path / "runs/relative/config.yaml").read_text()
     assert "class_path: relative.RelativeIntroVAE" in settings
-    assert "beta: 8.0\n    alpha: 0.5\n    margin: 2.0" in settings  # the alpha of its own, not that of another one
+    assert "beta: 4.0\n    alpha: 0.8\n    margin: 2.0" in settings  # the alpha of its own, not that of another one
 
 
 def test_every_page_is_in_the_table_of_contents_once() -> None:
