@@ -51,6 +51,9 @@ MEANT = re.compile(r"(?<![`\w])`([^`\n]+)`(?!`)")
 
 def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Make a docstring valid reStructuredText: what stands in backquotes is code, bars and stars are themselves."""
+    builtins = (str(kind.__doc__) for kind in (bool, int, float, str, tuple))
+    if lines and lines[0].strip() and any(doc.startswith(lines[0].strip()) for doc in builtins):
+        lines.clear()  # a setting without a docstring of its own has that of bool or str
     for index, line in enumerate(lines):
         parts = MEANT.split(line)
         escaped = [re.sub(r"([|*]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
