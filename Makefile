@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo faces test test-studio slow check bench docs clean
+.PHONY: demo faces test test-studio test-wheel slow check bench docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -35,6 +35,10 @@ test: check
 test-studio: $(VENV)/.ready
 	command -v chromium >/dev/null || (apt-get update && apt-get install -y chromium) >/dev/null 2>&1 || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m studio -rs tests/test_studio.py
+
+# What is released: the wheel in a new environment, all libraries installed anew; minutes.
+test-wheel: $(VENV)/.ready
+	$(BIN)/python -m pytest -m release -p no:cacheprovider tests/test_wheel.py
 
 # What takes minutes: networks at full size.
 slow: $(VENV)/.ready

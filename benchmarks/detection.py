@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import tempfile
 import time
@@ -30,6 +31,7 @@ from introvae import IntrospectiveVAE, Run, fit
 from introvae.apps.explore import latents
 from introvae.apps.heatmaps import MAPS, overlay
 from introvae.apps.judge import betas_of
+from introvae.apps.local_map import LocalMap
 from introvae.apps.scores import score_images, scores_for
 from introvae.data import ArrayData, DataOptions, load_data, preparation_from
 from introvae.evaluation import load_for
@@ -133,7 +135,7 @@ def one_class(words: argparse.Namespace) -> list[dict[str, Any]]:
         normal = data.train.tensor()[data.train.labels == digit]
         own = parse_config(settings, recipe_files(words.recipe, settings))
         with tempfile.TemporaryDirectory() as folder:
-            run = fit(own, data=normal, out=str(Path(folder) / "run"), progress=False)
+            run = fit(dataclasses.replace(own, out=str(Path(folder) / "run")), data=normal, progress=False)
             model = run.model()
         scorer = Scorer(model, normal[:FITTED], own.objective, words.draws)
         found = scorer(data.heldout.tensor())
@@ -189,7 +191,11 @@ def places(words: argparse.Namespace) -> list[dict[str, Any]]:
     for folder in words.runs:
         model, data, objective = opened(folder)
         x = some(data, words.number)
-        normal = torch.cat([MAPS["residual"](model, part) for part in x.split(250)])
+        local = LocalMap(model)
+        for part in some(data, 2000, heldout=False).split(250):
+            local.update(part)
+        maps = {"local": lambda model, part, local=local: local(part), **MAPS}
+        normal = torch.cat([local(part) for part in x.split(250)])
         top = float(normal.flatten()[torch.randperm(normal.numel())[:1_000_000]].quantile(0.999))
         for name, change in CHANGES.items():
             changed, where = change(x, torch.Generator().manual_seed(0))
@@ -198,7 +204,7 @@ def places(words: argparse.Namespace) -> list[dict[str, Any]]:
                 "objective": type(objective).__name__,
                 "n": len(x),
             }
-            for kind, heat in MAPS.items():
+            for kind, heat in maps.items():
                 curve = PixelCurve()
                 for part, marked in zip(changed.split(250), where.split(250), strict=True):
                     curve.update(heat(model, part), marked)
@@ -206,7 +212,7 @@ def places(words: argparse.Namespace) -> list[dict[str, Any]]:
             cases.append(case)
             progress(", ".join(f"{key} {value}" for key, value in case.items()))
             eight = changed[:8]
-            heat = overlay(eight, MAPS["residual"](model, eight), top)
+            heat = overlay(eight, local(eight), top)
             rows = (eight, model.reconstruct(eight), where[:8, None].float(), heat)
             shown += [row.expand(-1, 3, -1, -1) for row in rows]
     if words.sheet is not None:

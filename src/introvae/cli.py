@@ -42,6 +42,7 @@ commands:
   compare       objectives x data x seeds, or finished runs, in one table with spreads
   recipes       list the settings that come with the package
   doctor        what this machine has, and what will be used; clears the cache
+  completion    the shell's completion of commands and options
 
 introvae COMMAND --help explains each; introvae --version prints the version.
 
@@ -285,9 +286,9 @@ def _reconstruct(words: list[str]) -> None:
         print(write_samples(y, output, names, model=model))
 
 
-def _elsewhere(module: str, name: str) -> Callable[[list[str]], None]:
+def _elsewhere(module: str, name: str) -> Callable[..., None]:
     """A command in a module of its own, imported when it is called."""
-    return lambda words: getattr(import_module(f"introvae.{module}"), name)(words)
+    return lambda *words: getattr(import_module(f"introvae.{module}"), name)(*words)
 
 
 def _compare(words: list[str]) -> None:
@@ -417,5 +418,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "recipes": _recipes,
     "doctor": _doctor,
+    "completion": lambda words: _elsewhere("cli_completion", "completion")(words, COMMANDS),
 }
 """The functions behind the commands, in the order in which the help lists them."""

@@ -39,9 +39,7 @@ def detect(words: list[str]) -> None:
     parser.add_argument("--by", help="the score that decides (default: neg_elbo, or the first)")
     parser.add_argument("--rate", type=float, default=0.05, help="share of false alarms allowed (default: 0.05)")
     parser.add_argument("--maps", type=int, default=24, help="how many heat maps, of the highest (default: 24)")
-    parser.add_argument(
-        "--map", default="residual", help="kind of heat map: residual, latent or combined (default: residual)"
-    )
+    parser.add_argument("--map", help="kind of heat map: local, residual, latent or combined (default: local)")
     parser.add_argument("--features", default="randconv", help="space of the score perceptual (default: randconv)")
     parser.add_argument("--draws", type=int, default=64, help="latents an image for a likelihood (default: 64)")
     parser.add_argument("--batch", type=int, help="images at a time (default: what fits)")

@@ -15,6 +15,7 @@ EXTRAS = {
     "gradio": "studio",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "shtab": "completion",
     "mlflow": "mlflow",
     "torch_fidelity": "fid",
     "lpips": "lpips",

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from introvae.apps.heatmaps import MAPS
-from introvae.apps.judge import FOUND, Found, Judge, Normal, Usual
+from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, Found, Judge, Normal, Usual
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
 from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
@@ -45,7 +44,7 @@ def detect(
     false_positive_rate: float = 0.05,
     maps: int = 24,
     features: str = "randconv",
-    heatmap: str = "residual",
+    heatmap: str | None = None,
     draws: int = 64,
     batch_size: int | None = None,
     seed: int = 0,
@@ -70,7 +69,9 @@ def detect(
         false_positive_rate: share of normal images that may be called anomalous.
         maps: heat maps are drawn for so many images with the highest deciding scores.
         features: the space of the score `perceptual`.
-        heatmap: "residual" (what the model cannot draw), "latent" (what its latents do not keep) or "combined".
+        heatmap: "local" (what is unusual at its place, from training images), "residual" (what the model cannot draw),
+            "latent" (what its latents do not keep) or "combined" (of the last two). By default local, or residual where
+            what is normal is given and the run's own data are gone.
         draws: latents of each image in the scores that estimate a likelihood.
         batch_size: images at a time; by default what fits a fraction of a GiB.
         seed: of those latents.
@@ -92,18 +93,21 @@ def detect(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     asked, scores = scores is not None, list(DEFAULT if scores is None else scores)
+    kind = LOCAL if heatmap is None else heatmap
     deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))
-    one_of(tuple(MAPS), heatmap=heatmap)
+    one_of(HEATMAPS, heatmap=kind)
     _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
     place = pick_device(device)
     try:
-        judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
+        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place)
     except DataError as error:
-        if asked or normal is None:
+        # What nobody asked for and needs the run's data is left out where these are gone.
+        if normal is None or (asked and "latent" in scores) or heatmap == LOCAL:
             raise
-        log.info("without the score latent: %s", error)
-        scores.remove("latent")
-        judge = Judge(run, scores, features, heatmap, draws, seed, batch_size, place)
+        log.info("without the score latent and the heat map local: %s", error)
+        scores = [name for name in scores if name != "latent"]
+        kind = "residual" if heatmap is None else heatmap
+        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place)
     truth = Truth.read(labels, masks, judge.model)
     started = time.perf_counter()
     batches = judge.read(images)
@@ -138,7 +142,7 @@ def detect(
     }
     write_table(folder / "scores.csv", found, thresholds, normals, deciding)
     if usual is not None and maps:
-        report["heatmap"] = heatmap
+        report["heatmap"] = kind
         report["maps"] = judge.draw(images, found, deciding, maps, usual.full, folder / "maps")
     from introvae.apps.detection_page import write_page
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.local_map import LocalMap
 from introvae.apps.scores import score_images
 from introvae.apps.truth import Truth
 from introvae.data import ArrayData, Data, preparation_from
@@ -33,6 +34,11 @@ FOUND, FULL = 0.99, 0.999
 """Quantiles of the heat of normal images' pixels: above the first a pixel counts as found, at the second it has full
 colour.
 """
+LOCAL = "local"
+"""The heat map that knows what is usual at each place, from training images."""
+HEATMAPS = (LOCAL, *MAPS)
+PLACES = 2_000
+"""At most so many of them."""
 MAPPED = 256
 """Normal images whose heat those quantiles are of."""
 
@@ -131,6 +137,7 @@ class Judge:
             "features": feature_space(features) if "perceptual" in scores else None,
             "latents": self._fitted() if "latent" in scores else None,
         }
+        self._local = self._local_map() if heatmap == LOCAL and self.pictures else None
 
     @cached_property
     def _own(self) -> Data:
@@ -139,16 +146,27 @@ class Judge:
 
     def _fitted(self) -> Mahalanobis:
         """The law of the latents of what the run was trained on."""
-        data = self._own
-        if not isinstance(data, ArrayData):
-            raise ConfigError("the score latent needs data of files or rows, not of a density: leave it out")
         fitted = Mahalanobis(self.model.latent_dim)
-        some = data.train.some(NORMAL, torch.Generator().manual_seed(self.seed))
         with torch.no_grad():
-            for start in range(0, len(some), self.batch_size):
-                x = some[slice(start, start + self.batch_size)].tensor(self.device)
+            for x in self._trained_on("the score latent", NORMAL):
                 fitted.update(self.model.encode(x).mode)
         return fitted
+
+    def _local_map(self) -> LocalMap:
+        """What is usual at each place of what the run was trained on."""
+        fitted = LocalMap(self.model)
+        for x in self._trained_on(f"the heat map {LOCAL}", PLACES):
+            fitted.update(x)
+        return fitted
+
+    def _trained_on(self, what: str, number: int) -> Iterator[Tensor]:
+        """Some of what the run was trained on, for what needs it."""
+        data = self._own
+        if not isinstance(data, ArrayData):
+            raise ConfigError(f"{what} needs data of files or rows, not of a density: leave it out")
+        some = data.train.some(number, torch.Generator().manual_seed(self.seed))
+        for start in range(0, len(some), self.batch_size):
+            yield some[slice(start, start + self.batch_size)].tensor(self.device)
 
     def score(self, x: Tensor) -> dict[str, Tensor]:
         """All scores of `x: [N, ...]`, float64 `[N]`."""
@@ -199,6 +217,8 @@ class Judge:
 
     def heat(self, x: Tensor) -> Tensor:
         """Heat maps `[N, H, W]`."""
+        if self._local is not None:
+            return self._local(x.to(self.device))
         return MAPS[self.map](self.model, x.to(self.device)).cpu()
 
     def usual(self, normals: Normal) -> Usual | None:

@@ -24,7 +24,7 @@ WIDE = 8
 """Panels beside one another at most; the rest goes below."""
 DRAWN = 100
 """About so many points a curve are drawn: there are many curves, and the files are shared."""
-MOMENTS, WIDTH_OF_MOMENT = (0.2, 0.4, 1.0), 3.2
+MOMENTS, WIDTH_OF_MOMENT = (0.2, 0.4, 1.0), 3.1
 """Shares of training at which pictures are shown, epochs 10, 20 and 50 of the AS-IntroVAE poster; inches of each."""
 LEAST = 1e-12
 """Where a gradient that vanished is drawn."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from introvae.data.cache import ROOM, cache_folder, disk_bytes, sweep
 from introvae.errors import DataError, first_line
+from introvae.progress import progress_bar
 
 log = logging.getLogger("introvae")
 
@@ -39,9 +40,7 @@ def copied(addresses: Sequence[str], fetch: bool) -> list[str]:
     missing = [pair for pair in zip(addresses, copies, strict=True) if "://" in pair[0] and not pair[1].is_file()]
     if missing and (not fetch or not _room([address for address, _ in missing])):
         return list(addresses)
-    from tqdm import tqdm
-
-    for address, copy in tqdm(missing, "copying", unit="file", disable=None, delay=2, leave=False):
+    for address, copy in progress_bar(missing, "copying", unit="file", delay=2, leave=False):
         if copy.is_file():  # another process was quicker
             continue
         try:

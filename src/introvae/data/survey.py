@@ -23,6 +23,7 @@ from introvae.data.preparation import (
 from introvae.data.scans import is_scan, scan_size
 from introvae.data.sources import FolderSource, Item, Source, opened
 from introvae.errors import DataError, MissingExtraError, first_line
+from introvae.progress import progress_bar
 
 COLOUR_SHARE = 0.01
 """With no more colour pictures than this share, all become grey: a few strays must not treble the cost of the rest."""
@@ -237,6 +238,4 @@ def reason_of(error: Exception) -> str:
 
 
 def progress(items: Iterator[Item], count: int, what: str) -> Iterator[Item]:
-    from tqdm import tqdm
-
-    return iter(tqdm(items, what, count or None, unit="file", disable=None, delay=2, leave=False, mininterval=0.5))
+    return iter(progress_bar(items, what, count or None, unit="file", delay=2, leave=False, mininterval=0.5))

@@ -36,6 +36,7 @@ from introvae.objectives import Objective
 from introvae.parallel import Peers, processes
 from introvae.players import Players
 from introvae.precision import float32_multiplications, pick_precision
+from introvae.progress import progress_bar
 from introvae.step import OWN, IntrospectiveStep, Noise, step_class
 from introvae.training.balance import ramp_from
 from introvae.training.checkpoint import list_checkpoints, save_checkpoint
@@ -234,15 +235,13 @@ class Trainer:
             ) from error
 
     def _train(self, run: Run, progress: bool) -> Run:
-        from tqdm import tqdm
-
-        bar = tqdm(
+        bar = progress_bar(
             total=self.schedule.samples(self.steps),
             initial=self.schedule.samples(self.step_index),
             unit="img" if len(self.data.shape) == 3 else "sample",
             unit_scale=True,
             smoothing=0.1,
-            disable=None if progress and self.peers.first else True,  # None: where standard error is no terminal
+            shown=progress and self.peers.first,
             mininterval=0.5,
         )
         self.peers.copy_first(self.model)

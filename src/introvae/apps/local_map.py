@@ -1,0 +1,146 @@
+"""A heat map that knows what is usual at each place: it finds what is too plain as well as what is too strange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from introvae.apps.heatmaps import SMOOTH, smoothed
+from introvae.apps.scores import evaluating, parts
+from introvae.errors import DataError, not_negative
+from introvae.measures.entries import at_once
+from introvae.model import IntrospectiveVAE
+from introvae.precision import wide
+
+SCALES = (64, 21)
+"""The neighbourhoods are Gaussians with standard deviations of the image's shorter side over these."""
+FLOOR = 1 / 255**2 / 12
+"""The energy of rounding to 8 bits, added before the logarithm: nothing below it means anything."""
+RIDGE = 1e-3
+"""Share of each feature's variance over all places that is added to its variance at one place."""
+SMOOTHED = 3 * SMOOTH / 2
+"""The default smoothing is a Gaussian with a standard deviation of the shorter side over this."""
+
+
+class LocalMap:
+    """How unusual for its place is what lies around each pixel, in standard deviations of normal images.
+
+    With y = D(E(x)), and means over Gaussian neighbourhoods of two sizes, each pixel has as features the mean of x - y
+    in each channel, the logarithm of the mean of (x - y)^2, and that of the mean of (x - its mean)^2, the image's own
+    detail. The heat is their Mahalanobis distance from those of normal images at the same place. A residual alone
+    (`heatmaps.residual_map`) misses what the model draws well, such as a plain patch or one out of focus, and is high
+    at every sharp edge, where a normal image's is, too.
+
+    Arguments:
+        model: a trained one of images; it works in evaluation mode and is left as it was.
+
+    Raises:
+        DataError: the model is not one of images of a known shape.
+
+    Source: the Gaussian of normal features at each place is that of PaDiM (Defard et al. 2021); its features are of a
+    network for classification, these are our own.
+
+    Example:
+        >>> model = IntrospectiveVAE.build(shape=(1, 16, 16), network="mlp", latent_dim=4)
+        >>> heat = LocalMap(model)
+        >>> heat.update(torch.rand(50, 1, 16, 16))
+        >>> heat(torch.rand(5, 1, 16, 16)).shape
+        torch.Size([5, 16, 16])
+    """
+
+    def __init__(self, model: IntrospectiveVAE) -> None:
+        if model.shape is None or len(model.shape) != 3:
+            raise DataError(f"data of shape {model.shape} have no heat map: give a model of images")
+        self.model, (channels, height, width) = model, model.shape
+        features = len(SCALES) * (channels + 2)
+        self.count = 0
+        self._shift: Tensor | None = None  # the first batch's mean: sums of small numbers lose nothing
+        self._sum = torch.zeros(height, width, features, dtype=torch.float64)
+        self._products = torch.zeros(height, width, features, features, dtype=torch.float64)
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def update(self, x: Tensor, condition: Tensor | int | str | None = None) -> None:
+        """See more normal images.
+
+        Arguments:
+            x: `[N, C, H, W]` in [0, 1], prepared as the training data were.
+            condition: their classes, where the model has classes.
+
+        Raises:
+            DataError: x has another shape than the model takes.
+        """
+        for features in self._features(x, condition):
+            self._shift = features.mean(dim=0) if self._shift is None else self._shift
+            off = features - self._shift
+            self._sum += off.sum(dim=0)
+            self._products += torch.einsum("nhwi,nhwj->hwij", off, off)
+            self.count += len(features)
+        self._known = None
+
+    def __call__(
+        self, x: Tensor, *, smooth: float | None = None, condition: Tensor | int | str | None = None
+    ) -> Tensor:
+        """The heat of images, `[N, H, W]` on the CPU, smoothed; an image alone has the heat that it has in a batch.
+
+        Arguments:
+            x, condition: as in `update`.
+            smooth: standard deviation of the Gaussian, in pixels; 0 for none, by default a 24th of the shorter side.
+
+        Raises:
+            DataError: fewer than two normal images were seen, or x has another shape than the model takes.
+            ConfigError: smooth is negative.
+        """
+        smooth = min(x.shape[2:]) / SMOOTHED if smooth is None else smooth
+        not_negative(smooth=smooth)
+        mean, root = self._law()
+        heat = []
+        for features in self._features(x, condition):
+            off = torch.einsum("hwij,nhwj->nhwi", root, features - mean)
+            heat.append(smoothed(off.square().sum(dim=-1).sqrt().float(), smooth))
+        return torch.cat(heat)
+
+    def _law(self) -> tuple[Tensor, Tensor]:
+        """Mean `[H, W, F]` of normal features, and for each place a root `[F, F]` of the inverse covariance."""
+        if self._known is None:
+            if self.count < 2 or self._shift is None:
+                raise DataError(f"{self.count} normal images tell nothing of what is usual: give at least two")
+            off = self._sum / self.count
+            covariance = self._products / self.count - off[..., :, None] * off[..., None, :]
+            mean = self._shift + off
+            everywhere = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=(0, 1)) + mean.flatten(0, 1).var(dim=0)
+            covariance += torch.diag(RIDGE * everywhere + torch.finfo(torch.float32).tiny)
+            lower = torch.linalg.cholesky(covariance)
+            eye = torch.eye(lower.shape[-1], dtype=lower.dtype).expand_as(lower)
+            self._known = mean, torch.linalg.solve_triangular(lower, eye, upper=False)
+        return self._known
+
+    def _features(self, x: Tensor, condition: Tensor | int | str | None) -> Iterator[Tensor]:
+        """Features `[n, H, W, F]`, float64, on the CPU, of some images at a time."""
+        if x.ndim != 4 or not len(x):
+            raise DataError(f"data of shape {tuple(x.shape)} have no heat map: give images [N, C, H, W]")
+        with evaluating(self.model):
+            for part, of in parts(self.model, x, condition, at_once(tuple(x.shape[1:]))):
+                y = wide(self.model.reconstruct(part, of)).cpu()
+                yield local_features(wide(part).cpu(), y).double()
+
+
+def local_features(x: Tensor, y: Tensor) -> Tensor:
+    """The features of `LocalMap` of images x and their reconstructions y, both `[N, C, H, W]`: `[N, H, W, F]`, for each
+    scale first the C mean residuals, then the logarithms of the residual's and of the detail's energy.
+
+    Example:
+        >>> local_features(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 16, 16, 10])
+    """
+    columns = []
+    for sigma in (min(x.shape[2:]) / scale for scale in SCALES):
+
+        def mean(images: Tensor, sigma: float = sigma) -> Tensor:
+            return smoothed(images.flatten(0, 1), sigma).unflatten(0, images.shape[:2])
+
+        off, detail = x - y, x - mean(x)
+        energies = [(mean(part.square()).mean(dim=1, keepdim=True) + FLOOR).log() for part in (off, detail)]
+        columns += [mean(off), *energies]
+    return torch.cat(columns, dim=1).permute(0, 2, 3, 1)
