@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo faces test test-studio test-wheel slow check bench clean
+.PHONY: demo faces test test-studio test-wheel slow check bench docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "introvae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -50,5 +50,14 @@ bench: $(VENV)/.ready
 	for name in startup input loop scaling step; do \
 		$(BIN)/python benchmarks/$$name.py --short --json runs/bench/$$name.json || exit 1; done
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The documentation as HTML, without warnings; pages with code run it. One thread: the cells' networks are tiny.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "open build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .coverage

@@ -646,6 +646,18 @@ def test_an_objective_inherits_nothing_of_another_one(tmp_path: Path, before: st
     assert parse_config([f"--objective={asked}"]).objective == get_objective(asked)()
 
 
+def test_an_objective_of_one_s_own_inherits_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_alpha.py").write_text(
+        "from dataclasses import dataclass\nfrom introvae import VAE\n\n\n"
+        "@dataclass(frozen=True)\nclass Own(VAE):\n    alpha: float = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = parse_config(["--objective", "own_alpha.Own", "--objective.beta_kl", "3"]).objective
+    assert repr(found) == "Own(beta_rec=1.0, beta_kl=3.0, alpha=0.5)"  # Soft-IntroVAE's alpha is 2
+    (tmp_path / "recipe.yaml").write_text("objective: {class_path: own_alpha.Own}")
+    assert repr(load_config(tmp_path / "recipe.yaml").objective) == "Own(beta_rec=1.0, beta_kl=1.0, alpha=0.5)"
+
+
 def test_looking_at_a_run_does_not_change_it(tmp_path: Path) -> None:
     states = []
     for log_every in (1, 100):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -362,10 +363,25 @@ def _whole_objective(asked: str | None, contents: Sequence[Mapping[str, Any]]) -
             name, settings = block["class_path"], block.get("init_args") or {}
     if asked is not None and asked != name:
         name, settings = asked, {}
-    if name not in list_objectives() or not isinstance(settings, dict):
+    cls = _objective_class(name)
+    if cls is None or not isinstance(settings, dict):
         return [] if asked is None else [f"--objective={asked}"]
-    defaults = {f.name: f.default for f in dataclasses.fields(get_objective(name))}  # pyright: ignore
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     return ["--objective=" + json.dumps({"class_path": name, "init_args": {**defaults, **settings}})]
+
+
+def _objective_class(name: str) -> Any:
+    """The class of an objective, one of the package's or a user's own by its import path; None where the parser will
+    say what is wrong.
+    """
+    if name in list_objectives():
+        return get_objective(name)
+    module, _, own = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), own)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return found if dataclasses.is_dataclass(found) else None
 
 
 def _one_line(message: str) -> str:

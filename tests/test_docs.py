@@ -1,0 +1,125 @@
+"""The pages of the documentation: their commands and cells run, their links lead somewhere, and none is left out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from commands import Command
+from introvae import networks
+from test_readme import known_option, run
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+START = (DOCS / "start.md").read_text()
+FEW = "6"
+
+
+def blocks(text: str, kind: str) -> list[str]:
+    return re.findall(rf"```{re.escape(kind)}\n(.*?)```", text, re.DOTALL)
+
+
+def cells(page: str) -> list[str]:
+    return blocks((DOCS / page).read_text(), "{code-cell} ipython3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("newcomer")
+
+
+def test_the_commands_of_the_first_page_run_in_their_order_from_an_empty_folder(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    lines = [line.strip() for block in blocks(START, "sh") for line in block.splitlines()]
+    ours = [shlex.split(line) for line in lines if line.startswith(("introvae ", "python examples/"))]
+    assert {words[1] for words in ours} >= {"fit", "evaluate", "sample", "reconstruct", "interpolate", "detect"}
+    for words in ours:
+        if words[0] == "python":
+            run([sys.executable, str(ROOT / words[1]), *words[2:]], folder)
+            continue
+        steps = ["--steps", FEW, "--quiet"] if words[1] == "fit" and "--resume" not in words else []
+        said = command(*words[1:], *steps)
+        assert said.code == 0, (words, said)
+    made = ("runs/first/report.html", "samples.png", "pairs.png", "way.png", "dimensions.png", "more-wine.csv")
+    for name in (*made, "runs/first/detect/pictures/scores.csv"):
+        assert (folder / name).stat().st_size > 500, name
+
+
+def test_the_python_of_the_first_page_runs_after_its_commands(folder: Path) -> None:
+    (block,) = blocks(START, "python")
+    assert "kl_real" in run([sys.executable, "-c", block], folder)
+
+
+def test_the_cells_about_an_own_network_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTROVAE_DOCS_STEPS", FEW)
+    monkeypatch.setattr(networks, "_NETWORKS", dict(networks._NETWORKS))  # what the page registers is forgotten
+    page = ModuleType("own_network")
+    for cell in cells("own-network.md"):
+        exec(compile(cell, "own-network.md", "exec"), page.__dict__)
+    assert page.__dict__["run"].model().sample(2).shape == (2, 1, 8, 8)
+    page.__dict__["folder"].cleanup()
+
+
+def test_the_cells_about_an_own_objective_run(tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text("\n".join(cells("own-objective.md")))
+    environment = {**os.environ, "INTROVAE_DOCS_STEPS": FEW}
+    words = [sys.executable, "page.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "own {'modes'" in done.stdout
+
+
+def test_the_own_objective_is_short_and_trains_by_its_import_path(tmp_path: Path) -> None:
+    own = cells("own-objective.md")[0]
+    assert len(own.splitlines()) < 60
+    (tmp_path / "relative.py").write_text(own)
+    (line,) = re.findall(r"^PYTHONPATH=\. introvae (fit .*)$", (DOCS / "own-objective.md").read_text(), re.MULTILINE)
+    run([sys.executable, "-m", "introvae", *shlex.split(line), "--steps", FEW, "--quiet"], tmp_path)
+    settings = (tmp_path / "runs/relative/config.yaml").read_text()
+    assert "class_path: relative.RelativeIntroVAE" in settings
+    assert "beta: 4.0\n    alpha: 0.8\n    margin: 2.0" in settings  # the alpha of its own, not that of another one
+
+
+def test_every_page_is_in_the_table_of_contents_once() -> None:
+    index = (DOCS / "index.md").read_text()
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL)
+    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert sorted(listed) == sorted(page.stem for page in PAGES if page.stem != "index")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_what_a_page_points_at_exists(page: Path) -> None:
+    text = page.read_text()
+    assert not re.search(r"\b(TODO|FIXME)\b", text)
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", text):
+        assert (page.parent / target).is_file(), target
+    if page.stem in ("images", "numbers", "scaling"):  # the others name options of other commands, too
+        for option in set(re.findall(r"`(--[a-z_-]+)", text)):
+            assert known_option(option), f"{option} is no option"
+
+
+def test_every_failure_that_is_shown_can_be_made_again(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "failures.py"
+    shown = set(re.findall(r"failures/(\w+)\.png", (DOCS / "numbers.md").read_text()))
+    assert shown == set(re.findall(r'^    "(\w+)": \{\*\*', script.read_text(), re.MULTILINE)) | {"rate"}
+    run([sys.executable, str(script), "asleep", "--steps", FEW, "--out", str(tmp_path)], tmp_path)
+    assert (tmp_path / "asleep.png").stat().st_size > 5000
+    for name in shown:
+        assert (DOCS / "failures" / f"{name}.png").stat().st_size < 150_000
+
+
+def test_what_builds_the_pages_is_pinned() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {re.split(r"[>=<]", name)[0] for name in extras["docs"]} <= pinned
