@@ -147,6 +147,16 @@ def test_an_objective_of_one_s_own_has_no_rule() -> None:
         Own().started(2)
 
 
+def test_a_setting_of_one_s_own_hides_nothing_in_the_log() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Own(Objective):
+        lr: float = 1.0
+        tunable = ("lr",)
+
+    with pytest.raises(ConfigError, match=r"Own has a setting 'lr'.*give it another name"):
+        Controller(Own(), 0, 100, "cpu", 2)
+
+
 @of_each
 def test_a_step_by_itself_does_not_know_what_auto_is(cls: type[Objective], name: str) -> None:
     model = IntrospectiveVAE.build((2,), "tiny-mlp", latent_dim=2)

@@ -78,7 +78,7 @@ def test_the_levels_of_the_steps() -> None:
         assert schedule.alpha(step) == alpha
         assert schedule.values(step) == ({} if side == 16 else {"beta_neg": beta_neg})
         assert schedule.samples(step) == seen
-        assert schedule.told(step) == {"side": side, "alpha": 1.0 if alpha is None else alpha}
+        assert schedule.told(step) == {"side": side, "faded_in": 1.0 if alpha is None else alpha}
         seen += batch
     assert schedule.steps == STEPS
     assert schedule.full == 12
@@ -217,7 +217,7 @@ def test_the_log_tells_the_levels_and_the_model_is_whole(whole: Run) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, (side, batch, alpha, beta_neg) in zip(rows, LEVELS, strict=True):
         seen += batch
-        assert (row["side"], row["alpha"]) == (side, 1.0 if alpha is None else alpha)
+        assert (row["side"], row["faded_in"]) == (side, 1.0 if alpha is None else alpha)
         assert (row["samples_seen"], row["beta_neg"]) == (seen, beta_neg)
     assert whole.model().shape == (1, SIDE, SIDE)
     assert whole.model().sample(2).shape == (2, 1, SIDE, SIDE)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from introvae.errors import ConfigError
 from introvae.objectives import Objective
 from introvae.parallel import Alone
 from introvae.training.balance import EVERY, RAMP, led, rules_for
@@ -18,6 +19,10 @@ def _between(first: float, last: float, share: float) -> float:
     if first <= 0 or last <= 0:
         return first + share * (last - first)
     return first ** (1 - share) * last**share
+
+
+LOGGED = frozenset({"step", "samples_seen", "seconds", "seconds_waited", "phase", "lr", "side", "faded_in", "rec"})
+"""What a line of the log tells besides the objective's settings and its losses."""
 
 
 class Controller:
@@ -38,7 +43,7 @@ class Controller:
             `RAMP` of the adversarial steps.
 
     Raises:
-        ConfigError: a setting cannot be "auto" here.
+        ConfigError: a setting cannot be "auto" here, or has the name of something else in the log.
     """
 
     def __init__(
@@ -60,6 +65,11 @@ class Controller:
         self._factors: dict[str, float] = {}
         self._begun = False
         self._last = self._started.values(0.0)
+        if taken := sorted(LOGGED & set(self._last)):
+            raise ConfigError(
+                f"{type(objective).__name__} has a setting {taken[0]!r}, which in a run's log is something else: give "
+                "it another name"
+            )
         self.values: dict[str, Tensor] = {
             name: torch.tensor(value, device=device) for name, value in self._last.items()
         }

@@ -191,7 +191,7 @@ class Schedule:
     def told(self, step: int) -> dict[str, float]:
         """Side and share of a step's level, for the log; nothing without growing."""
         alpha = self.alpha(step)
-        return {"side": self.at(step).side, "alpha": 1.0 if alpha is None else alpha} if self.growth.on else {}
+        return {"side": self.at(step).side, "faded_in": 1.0 if alpha is None else alpha} if self.growth.on else {}
 
     def checked(self, steps: int) -> int:
         """The steps of a run.
