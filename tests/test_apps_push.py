@@ -106,12 +106,40 @@ def test_every_objective_has_its_paper() -> None:
     assert set(list_objectives()) <= set(PAPERS)
 
 
+def test_the_card_of_a_model_of_classes(tmp_path: Path) -> None:
+    run = fit(data="digits", network="tiny-conv", conditional=True, steps=2, batch_size=8, out=str(tmp_path / "run"))
+    folder = package(run, tmp_path / "card", str(tmp_path / "card"))
+    card = (folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["again"].shape == (16, 1, 8, 8)
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
+    assert "introvae detect" not in card
+    assert "anomaly-detection" not in card
+
+
+def test_columns_that_were_left_out_are_not_told(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 3))
+    path = tmp_path / "wine.csv"
+    path.write_text("acid,sugar,patient\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    settings: dict[str, Any] = {"drop": ["patient"], "network": "tiny-mlp", "steps": 2, "batch_size": 8}
+    run = fit(data=str(path), **settings, out=str(tmp_path / "run"))
+    for file in package(run, tmp_path / "card").iterdir():
+        assert b"patient" not in file.read_bytes(), file.name
+
+
 def test_names_on_the_hub_stay_and_paths_do_not(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = run.config_path.read_text()
     other, model = Run(tmp_path / "other"), run.model()
     monkeypatch.setattr(Run, "model", lambda self: model)
     other.folder.mkdir()
-    for data, name in (("ylecun/mnist", "ylecun/mnist"), ("/home/me/faces", "faces"), ("../faces", "faces")):
+    for data, name in (
+        ("ylecun/mnist", "ylecun/mnist"),
+        ("/home/me/faces", "faces"),
+        ("../faces", "faces"),
+        ("patients/smith", "smith"),
+    ):
         other.config_path.write_text(re.sub(r"^data: .*$", f"data: {data}", text, flags=re.MULTILINE))
         assert f"trained on {name}:" in model_card(other, "me/other")
 

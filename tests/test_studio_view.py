@@ -146,7 +146,7 @@ def test_nearest_training_images(view: View, run: Run) -> None:
     assert view.nearest(Source(), number=3)[1] != distances
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "empty", "huge", "none", "gone", "scan"])
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "huge", "none", "gone", "scan", "odd"])
 def test_uploads_that_are_no_images(view: View, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "evil.png"
     content = {"text": b"Hello, I am a text.", "empty": b"", "gone": None, "none": None}.get(kind, b"")
@@ -155,6 +155,8 @@ def test_uploads_that_are_no_images(view: View, tmp_path: Path, kind: str) -> No
         content = path.read_bytes()[:2000]
     if kind == "huge":
         Image.new("L", (6000, 5000)).save(path)
+    elif kind == "odd":  # a picture of a kind that Pillow knows by name only: it raises NotImplementedError
+        path.write_bytes(b"DDS " + (124).to_bytes(4, "little") + bytes(60) + (32).to_bytes(4, "little") + bytes(60))
     elif kind == "scan":
         path = tmp_path / "brain.nii.gz"
         path.write_bytes(b"")
@@ -239,7 +241,8 @@ def test_a_run_that_trains_shows_its_newest_checkpoint(run: Run, tmp_path: Path)
     newest[-1].rename(folder / "later.pt")
     view = View(folder)
     assert (view.finished, view.step) == (False, 2)
-    assert "after 2 steps" in view.facts()
+    assert "still training" in view.facts()
+    assert "the model is that of step 2" in view.progress()
     before, active = pixels(view.samples()), view.active
     view.refresh()
     assert view.step == 2
@@ -262,6 +265,42 @@ def test_a_run_without_a_checkpoint_or_with_an_old_one(run: Run, tmp_path: Path)
     torch.save({"format": 1, "step": 2}, tmp_path / "checkpoints" / "step_00000002.pt")
     with pytest.raises(RunError, match="no checkpoint that tells its model"):
         View(tmp_path)
+
+
+def test_a_run_that_still_grows_is_not_shown(tmp_path: Path) -> None:
+    """Its levels above are as they were drawn: what they make is noise."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    words = {
+        "network": "tiny-style",
+        "latent_dim": 4,
+        "steps": 20,
+        "batch_size": 4,
+        "growing": {"samples": 16, "start": 4},
+    }
+    run = fit(data=str(images), **words, checkpoint_every=4, out=str(tmp_path / "run"))  # pyright: ignore
+    assert View(run.folder).finished
+    (run.model_folder / "config.json").unlink()
+    View(run.folder)
+    (run.checkpoints / "step_00000020.pt").rename(run.checkpoints / "step_00000004.pt")
+    state = torch.load(run.checkpoints / "step_00000004.pt", weights_only=True)
+    torch.save({**state, "step": 4}, run.checkpoints / "step_00000004.pt")
+    (run.checkpoints / "step_00000016.pt").unlink()
+    with pytest.raises(RunError, match="still grows"):
+        View(run.folder)
+
+
+def test_other_files_in_the_run_folder_do_no_harm(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    (folder / "mine.safetensors").write_bytes(b"something else")
+    assert View(folder).directions == {}
+    assert "mine.safetensors" in caplog.text
 
 
 def test_models_of_points_are_refused(tmp_path: Path) -> None:

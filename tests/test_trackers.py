@@ -137,5 +137,24 @@ def test_a_tracker_that_does_not_start_is_said(
     assert recorders["wandb"][0].told[-1][0] == "finish"
 
 
+def test_a_tracker_that_fails_later_does_not_end_the_training(
+    recorders: dict[str, list[Recorder]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[int] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append(0)
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(Recorder, "log", fail, raising=False)
+    run = fit(**SETTINGS, tracker="wandb", out=str(tmp_path / "run"))
+    assert len(run.log()) == 2
+    assert calls == [0]
+    assert "tracker wandb fails and is told no more: the server is gone" in caplog.text
+
+
 def test_an_unknown_tracker(refused: Refused) -> None:
     assert "tensorboard, wandb, mlflow" in refused("fit", "--data", "digits", "--tracker", "comet")

@@ -94,12 +94,13 @@ def detect(
     run = run if isinstance(run, Run) else Run.open(run)
     asked, scores = scores is not None, list(DEFAULT if scores is None else scores)
     kind = LOCAL if heatmap is None else heatmap
+    mapped = bool(maps) or masks is not None
     deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))
     one_of(HEATMAPS, heatmap=kind)
     _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
     place = pick_device(device)
     try:
-        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place)
+        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place)
     except DataError as error:
         # What nobody asked for and needs the run's data is left out where these are gone.
         if normal is None or (asked and "latent" in scores) or heatmap == LOCAL:
@@ -114,7 +115,7 @@ def detect(
     first = next(batches, [])  # a source that cannot be opened is told before the thresholds' minutes
     opening = time.perf_counter() - started
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
-    usual = judge.usual(normals)
+    usual = judge.usual(normals) if mapped else None
     pixels = PixelCurve() if truth.masks is not None else None
     started = time.perf_counter()
     found = judge.search(chain([first], batches), truth, pixels)

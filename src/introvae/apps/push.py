@@ -17,6 +17,7 @@ from introvae.model import IntrospectiveVAE
 from introvae.pictures import plane_figure, save_picture
 from introvae.report import figures
 from introvae.report.page import MEANING, number
+from introvae.training.config import list_recipes, recipe_path
 from introvae.training.run import Run
 
 CARD, MODEL_FILES = "README.md", ("config.json", "model.safetensors")
@@ -36,8 +37,8 @@ SHOWN = 64
 def package(run: Run, folder: str | Path, name: str = "", license: str | None = None) -> Path:
     """Write what `push` puts on the hub into a folder: model, card, settings, numbers, a picture of samples.
 
-    Nothing of the data is in it: no image, no file name, and of their place the last part only. Of a table, the model
-    itself knows the columns' names, means and spreads.
+    Nothing of the data is in it: no image, no file name, and of their place the last part only. But a table's model
+    knows the columns' names, means and spreads, and a model of classes their names.
 
     Arguments:
         run: a finished one; its numbers are those of `introvae evaluate`, if it was called.
@@ -55,7 +56,7 @@ def package(run: Run, folder: str | Path, name: str = "", license: str | None = 
     folder, model = Path(folder), run.model()
     report = _numbers(run)
     settings = run.config().to_dict()
-    settings["data"] = _data_name(run)
+    settings |= {"data": _data_name(run), "drop": [], "group": None}  # columns and names that the model does not know
     try:
         for file in MODEL_FILES:
             write_atomically(folder / file, (run.model_folder / file).read_bytes())
@@ -139,28 +140,42 @@ def model_card(run: Run, name: str, license: str | None = None, pictured: bool =
     config, model, report = run.config(), run.model(), _numbers(run)
     objective, shape = type(config.objective).__name__, model.shape or ()
     images, latents = len(shape) == 3, config.objective.encodes != "nothing"
+    names = list(model.classes.names) if model.classes is not None else []
     metadata = ModelCardData(
         library_name="introvae",
         license=license,
         pipeline_tag="unconditional-image-generation" if images else None,
-        tags=["introvae", objective, *(["vae"] if latents else []), *(["anomaly-detection"] if latents else [])],
+        tags=[
+            "introvae",
+            objective,
+            *(["vae"] if latents else []),
+            *(["anomaly-detection"] if latents and not names else []),
+        ],
     )
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {name}"]
     kind = f"vectors of {math.prod(shape)} values"
     if len(shape) == 3:
         channels, height, width = shape
         kind = f"{'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels"
+    networks = f"an encoder to {model.latent_dim} latent dimensions and a decoder"
+    if not latents:
+        networks = f"a generator from {model.latent_dim} latent dimensions and its critic"
     title, arxiv = PAPERS.get(objective, (objective, ""))
     paper = f"[{title}](https://arxiv.org/abs/{arxiv})" if arxiv else title
     parts.append(
-        f"A {objective} ({paper}) of {kind}, trained on {_data_name(run)}: an encoder to {model.latent_dim} latent "
-        f"dimensions and a decoder, {sum(p.numel() for p in model.parameters()):,} parameters."
+        f"A {objective} ({paper}) of {kind}, trained on {_data_name(run)}: {networks}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters."
+        + (f" It is told the class of each sample: {', '.join(names)}." if names else "")
     )
     if pictured:
         parts.append("![Samples](samples.png)\n\nSamples, none selected.")
-    example = [f'model = IntrospectiveVAE.from_pretrained("{name}")', "samples = model.sample(16)"]
+    given = f", {names[0]!r}" if names else ""
+    example = [
+        f'model = IntrospectiveVAE.from_pretrained("{name}")',
+        f"samples = model.sample(16, condition={names[0]!r})" if names else "samples = model.sample(16)",
+    ]
     if latents:
-        example.append("posterior = model.encode(samples); again = model.reconstruct(samples)")
+        example.append(f"posterior = model.encode(samples{given}); again = model.reconstruct(samples{given})")
     code = "\n".join(["from introvae import IntrospectiveVAE", "", *example])
     parts.append(f"## Use\n\n```python\n{code}\n```\n\n{_input(model)}")
     parts.append(
@@ -168,7 +183,7 @@ def model_card(run: Run, name: str, license: str | None = None, pictured: bool =
         "settings.yaml --data DATA` does it again."
     )
     parts.append(f"## Numbers\n\n{_table(report)}")
-    parts.append(f"## Intended use\n\n{_uses(images, latents)}")
+    parts.append(f"## Intended use\n\n{_uses(images, latents, bool(names))}")
     parts.append(f"## Limits\n\n{_limits(images, latents)}")
     return "\n\n".join(parts) + "\n"
 
@@ -183,10 +198,12 @@ def _numbers(run: Run) -> dict[str, Any]:
 
 
 def _data_name(run: Run) -> str:
-    """What the data are called: a name on the hub as it is, of a path the last part."""
+    """What the data are called: a set of the recipes by its name on the hub, of all else, which may be a path, the last
+    part.
+    """
     data = run.config().data
-    elsewhere = data.count("/") == 1 and not Path(data).exists() and not data.startswith(("/", ".", "~"))
-    return data if elsewhere else Path(data).name
+    known = (yaml.safe_load(recipe_path(name).read_text(encoding="utf-8")).get("data") for name in list_recipes())
+    return data if "/" in data and data in known else Path(data).name
 
 
 def _samples(model: IntrospectiveVAE, path: Path) -> bool:
@@ -237,14 +254,18 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _uses(images: bool, latents: bool) -> str:
+def _uses(images: bool, latents: bool, classes: bool) -> str:
     said = ["Research and teaching on generative models: samples from the prior"]
     if latents:
         said.append(
             "reconstructions, ways through the latent space, and scores of how little a sample belongs to the data"
         )
     what = ", ".join(said) + "."
-    return what + (" `introvae detect` and `introvae studio` are made for it." if latents and images else "")
+    if not (images and latents):
+        return what
+    return what + (
+        " `introvae studio` shows them." if classes else " `introvae detect` and `introvae studio` are made for it."
+    )
 
 
 def _limits(images: bool, latents: bool) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from introvae.apps.heatmaps import MAPS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 HOST = "127.0.0.1"
+EVERY = "every class"
 PORTS = range(7860, 7960)
 """The first free one is taken where none is asked for."""
 MOST_BYTES = 25 * 2**20
@@ -69,8 +70,11 @@ def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str],
     import uvicorn
 
     listening = _listening(port)
-    with tempfile.TemporaryDirectory(prefix="introvae-studio-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with ExitStack() as stack:
+        stack.callback(listening.close)
+        os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="introvae-studio-"))
+        stack.callback(_restore, "GRADIO_TEMP_DIR", before)
         # Open pages listen on without end: Ctrl-C must not wait for them.
         config = uvicorn.Config(
             application(views), log_level="critical", access_log=False, timeout_graceful_shutdown=GRACE
@@ -79,6 +83,12 @@ def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str],
         ready(f"http://{HOST}:{listening.getsockname()[1]}/")
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
+
+
+def _restore(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
 
 
 def _listening(port: int | None) -> socket.socket:
@@ -225,15 +235,20 @@ def _chooser(gr: Any, named: dict[str, View]) -> Any:
     return gr.Dropdown(list(named), value=next(iter(named)), label="run", visible=len(named) > 1)
 
 
-def _classes(gr: Any, named: dict[str, View]) -> Any:
-    """A class, for models that know some."""
+def _classes(gr: Any, named: dict[str, View], *more: str) -> Any:
+    """A class, for models that know some, or one of `more` choices before them."""
     names = list(dict.fromkeys(name for view in named.values() for name in view.labels))
-    return gr.Dropdown(names, value=None, label="class", visible=bool(names))
+    choices = [*more, *names]
+    return gr.Dropdown(choices, value=choices[0] if names else None, label="class", visible=bool(names))
 
 
 def _samples_tab(gr: Any, named: dict[str, View]) -> None:
     def draw(seed: float | None, number: float, truncation: float, label: str | None) -> Any:
-        sheets = [view.samples(_whole(seed), int(number), truncation, label) for view in named.values()]
+        sheets = [
+            # a class that only some of the models know is theirs alone
+            view.samples(_whole(seed), int(number), truncation, label if label in view.labels else None)
+            for view in named.values()
+        ]
         return sheets if len(sheets) > 1 else sheets[0]  # gradio takes no list for a single picture
 
     with gr.Tab("Samples"):
@@ -243,7 +258,7 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
             truncation = gr.Slider(
                 0, 1.5, value=1.0, step=0.05, label="truncation (1: as trained)", elem_id="truncation"
             )
-            label = _classes(gr, named)
+            label = _classes(gr, named, EVERY)
             another = gr.Button("another seed", elem_id="another")
         first = [view.samples(0, 36) for view in named.values()]  # made before anyone comes
         with gr.Row():
@@ -267,8 +282,10 @@ def _picker(gr: Any, named: dict[str, View], title: str, number: int = 0) -> lis
     return [kind, upload, which, label]
 
 
-def _source(kind: str, upload: str | None, number: float | None, label: str | None) -> Source:
-    return Source(kind, upload, _whole(number), label)
+def _source(view: View, kind: str, upload: str | None, number: float | None, label: str | None) -> Source:
+    """What is meant; a model that does not know the class that is chosen is told its own first one."""
+    known = label if label in view.labels else next(iter(view.labels), None)
+    return Source(kind, upload, _whole(number), known)
 
 
 def _on_pick(picker: Sequence[Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
@@ -281,7 +298,7 @@ def _on_pick(picker: Sequence[Any], function: Callable[..., Any], inputs: list[A
 
 def _image_tab(gr: Any, named: dict[str, View]) -> None:
     def look(name: str, heat: str, *picked: Any) -> list[Any]:
-        found = named[name].seen(_source(*picked), heat)
+        found = named[name].seen(_source(named[name], *picked), heat)
         rows = [
             [score.name, score.meaning, f"{value:.4g} {score.unit}", f"{100 * below:.0f} %"]
             for score, value, below in found.scores
@@ -289,7 +306,7 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
         return [found.image, found.reconstruction, found.heat, rows, found.latent, f"Compared with {found.compared}."]
 
     def near(name: str, by: str, *picked: Any) -> list[Any]:
-        sheet, distances = named[name].nearest(_source(*picked), by=by)
+        sheet, distances = named[name].nearest(_source(named[name], *picked), by=by)
         return [sheet, "Distances: " + ", ".join(f"{distance:.3g}" for distance in distances)]
 
     with gr.Tab("An image") as tab:
@@ -327,8 +344,9 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
 
 def _between_tab(gr: Any, named: dict[str, View]) -> None:
     def way(name: str, steps: float, spherical: bool, *picked: Any) -> Any:
-        half = len(picked) // 2
-        return named[name].between(_source(*picked[:half]), _source(*picked[half:]), int(steps), spherical)
+        view, half = named[name], len(picked) // 2
+        ends = (_source(view, *its) for its in (picked[:half], picked[half:]))
+        return view.between(*ends, int(steps), spherical)
 
     with gr.Tab("Between two images") as tab:
         with gr.Row():
@@ -350,7 +368,8 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
 
     def begin(name: str, *picked: Any) -> list[Any]:
         """The image's latent, and the sliders where it is."""
-        view, source = named[name], _source(*picked)
+        view = named[name]
+        source = _source(view, *picked)
         latent = view.latent(source)
         chosen = view.active[:count]
         sliders = [
@@ -370,7 +389,9 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
     def move(name: str, latent: Any, chosen: Any, label: str | None, way: str, strength: float, *values: float) -> Any:
         if not latent:
             raise ConfigError("no image is chosen yet: choose one first")
-        return named[name].moved(latent, dict(zip(chosen, values, strict=True)), label, way or None, strength)
+        view = named[name]
+        known = _source(view, "sample", None, 0, label).label
+        return view.moved(latent, dict(zip(chosen, values, strict=True)), known, way or None, strength)
 
     with gr.Tab("Move in the latent space") as tab, gr.Row():
         with gr.Column(scale=1, min_width=260):
@@ -398,15 +419,19 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
 def _training_tab(gr: Any, named: dict[str, View]) -> None:
     def look(name: str) -> list[Any]:
         view = named[name]
-        view.refresh()
-        return [view.progress(), view.curves(), view.logged]
+        return [view.progress(), view.curves(), state_of(view)]
 
-    def look_again(name: str, known: int) -> list[Any]:
-        return look(name) if named[name].logged != known else [gr.skip()] * 3
+    def look_again(name: str, known: str) -> list[Any]:
+        for view in named.values():
+            view.refresh()  # those that are not looked at here, too: their samples are
+        return look(name) if state_of(named[name]) != known else [gr.skip()] * 3
+
+    def state_of(view: View) -> str:
+        return f"{view.logged} {view.step}"
 
     with gr.Tab("Training") as tab:
         run, progress = _chooser(gr, named), gr.Markdown()
-        curves, known = gr.Plot(label="curves", format="png"), gr.State(-1)
+        curves, known = gr.Plot(label="curves", format="png"), gr.State("")
         outputs = [progress, curves, known]
         for event in (tab.select, run.input):
             event(_said(look), run, outputs)

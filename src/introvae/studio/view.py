@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +28,7 @@ from introvae.errors import (
     IntrovaeError,
     RunError,
     checked_seed,
+    first_line,
     not_negative,
     one_of,
     positive,
@@ -35,7 +39,10 @@ from introvae.exchange import read_samples
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import image_grid, to_pil
 from introvae.report import figures
+from introvae.training.checkpoint import list_checkpoints
 from introvae.training.run import Run
+
+log = logging.getLogger("introvae")
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +50,8 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 20_000_000
 """Uploads of more pixels are refused before they are decoded: decoded, 20 million are 60 MB, and a model sees few."""
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+"""Of uploads; Pillow reads many more, some by other programs."""
 MOST_SAMPLES = 256
 SHOWN_SCORES = ("neg_elbo", "error", "kl")
 """Scores that need nothing but the image, and take no time."""
@@ -106,6 +115,17 @@ class Seen:
     compared: str
 
 
+def _steadily(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method all of which sees one model."""
+
+    @wraps(method)
+    def steady(self: View, *words: Any, **named: Any) -> Any:
+        with self._steady():
+            return method(self, *words, **named)
+
+    return steady
+
+
 class View:
     """A run, finished or not, or a saved model, and all that the studio asks of it.
 
@@ -136,13 +156,19 @@ class View:
             self.model = IntrospectiveVAE.from_pretrained(source)
         else:
             self.model, self.step = _newest(self.run)
+            checkpoints = list_checkpoints(self.run.checkpoints)
+            self._read = checkpoints[-1].name if checkpoints else ""
         shape = self.model.shape
         if shape is None or len(shape) != 3:
             raise ConfigError(f"{source} has samples of shape {shape}, no images: look at them with introvae sample")
         self.shape = shape
         self.encodes = self.run is None or self.run.config().objective.encodes != "nothing"
-        found = sorted(folder.glob("*.safetensors")) if self.run is not None else []
-        self.directions = {Path(path).stem: Direction.load(path, self.model) for path in [*found, *directions]}
+        self.directions = {Path(path).stem: Direction.load(path, self.model) for path in directions}
+        for path in sorted(folder.glob("*.safetensors")) if self.run is not None else []:
+            try:
+                self.directions.setdefault(path.stem, Direction.load(path, self.model))
+            except IntrovaeError as error:
+                log.warning("left out: %s", error)
 
     @property
     def finished(self) -> bool:
@@ -150,7 +176,7 @@ class View:
         return self.step is None
 
     def refresh(self) -> None:
-        """Take the newest model of a run that trains.
+        """Take the newest model of a run that trains; where there is no newer one, nothing is read.
 
         Raises:
             RunError, CheckpointError: the run's files are gone or damaged.
@@ -158,11 +184,17 @@ class View:
         with self._lock:
             if self.run is None or self.finished:
                 return
-            model, step = _newest(self.run)
-            if step != self.step:
-                self.model, self.step = model, step
+            ended = (self.run.model_folder / "config.json").is_file()
+            checkpoints = list_checkpoints(self.run.checkpoints)
+            if ended or (checkpoints and checkpoints[-1].name != self._read):
+                self.model, self.step = _newest(self.run)
+                self._read = checkpoints[-1].name if checkpoints else ""
                 for name in ("usual", "active"):  # of the model; the data stay
                     self._found.pop(name, None)
+
+    def _steady(self) -> AbstractContextManager[Any]:
+        """In which the model is one: that of a run that trains may be replaced in between."""
+        return nullcontext() if self.finished else self._lock
 
     @property
     def labels(self) -> list[str]:
@@ -178,11 +210,12 @@ class View:
             config = self.run.config()
             said[:0] = [type(config.objective).__name__, f"trained on {config.data}"]
         if self.step is not None:
-            said.append(f"still training, as it was after {self.step:,} steps")
+            said.append("still training")
         return ", ".join(said)
 
     # --- samples
 
+    @_steadily
     def samples(self, seed: int = 0, number: int = 36, truncation: float = 1.0, label: str | None = None) -> Image:
         """A sheet of samples; with the same seed, a larger number begins with the same ones.
 
@@ -212,6 +245,7 @@ class View:
 
     # --- single images
 
+    @_steadily
     def image(self, source: Source) -> Tensor:
         """The image that is meant, `[C, H, W]` in [0, 1], prepared as the training data were.
 
@@ -261,6 +295,7 @@ class View:
     def _condition(self, label: str | None, count: int) -> Tensor | None:
         return named(self.model.classes, [label] if label else [], count)
 
+    @_steadily
     def seen(self, source: Source, heat: str = "residual") -> Seen:
         """What the model makes of an image, and how usual that is.
 
@@ -314,6 +349,7 @@ class View:
             x = decoded(self.model, self._drawn(1, COMPARED), of)
             return Batch(x, of), f"{len(x):,} samples of the model, since its data are not here"
 
+    @_steadily
     def nearest(self, source: Source, number: int = 8, by: str = "latents") -> tuple[Image, list[float]]:
         """The training images that are nearest to an image, on one sheet, and their distances.
 
@@ -330,6 +366,7 @@ class View:
 
     # --- ways through the latent space
 
+    @_steadily
     def between(self, start: Source, end: Source, steps: int = 9, spherical: bool = False) -> Image:
         """The way between two images, decoded, on one sheet; the images themselves at its ends.
 
@@ -356,6 +393,7 @@ class View:
         batch, _ = self._some()
         return active_dimensions(self.model, [batch], self.model.latent_dim).dimensions.tolist()
 
+    @_steadily
     def latent(self, source: Source) -> list[float]:
         """The latent of an image: the one that a sample was drawn from, the posterior mean of others.
 
@@ -367,6 +405,7 @@ class View:
         self.check_encodes()
         return latents(self.model, self.image(source)[None], self._condition(source.label, 1))[0].tolist()
 
+    @_steadily
     def moved(
         self,
         latent: Sequence[float],
@@ -427,6 +466,7 @@ class View:
         said = [f"step {last['step']:,}" + (f" of {config.steps:,}" if config.steps else "")]
         said += [f"{last['seconds']:,.0f} s of training"] if "seconds" in last else []
         said += [f"{name} {last[name]:.4g}" for name in ("rec", "kl_real", "kl_sample") if name in last]
+        said += [f"the model is that of step {self.step:,}"] if self.step is not None else []
         guarded = len(self.run.events("guard"))
         said += [f"the guard acted {guarded} times"] if guarded else []
         return ", ".join(said) + "."
@@ -449,9 +489,9 @@ def read_upload(model: IntrospectiveVAE, path: Path) -> Tensor:
     if is_scan(path.name):
         raise DataError(f"{path.name} is a scan of many slices: give one slice as a PNG, or use introvae detect")
     try:
-        with Image.open(path) as picture:  # reads the head only
+        with Image.open(path, formats=FORMATS) as picture:  # reads the head only
             width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises what it likes for a file that is made to break it
         raise DataError(f"{path.name} is no image that can be read: give a PNG or JPEG file") from None
     if width * height > MOST_PIXELS:
         raise DataError(
@@ -461,6 +501,8 @@ def read_upload(model: IntrospectiveVAE, path: Path) -> Tensor:
         x, _ = read_samples(model, [str(path)])
     except DataError as error:
         raise DataError(str(error).replace(str(path), path.name)) from None
+    except Exception as error:
+        raise DataError(f"{path.name} cannot be read ({first_line(error)}): give a PNG or JPEG file") from None
     if len(x) != 1:
         raise DataError(f"{path.name} holds {len(x)} images: give a file of one")
     return x[0]

@@ -379,7 +379,7 @@ def _objective_class(name: str) -> Any:
     module, _, own = name.rpartition(".")
     try:
         found = getattr(import_module(module), own)
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # whatever a user's module does: the parser says it
         return None
     return found if dataclasses.is_dataclass(found) else None
 

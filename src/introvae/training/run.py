@@ -15,6 +15,7 @@ from introvae.model import IntrospectiveVAE, check_state
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig, load_config
 from introvae.training.ema import averaged_weights
+from introvae.training.growing import Schedule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +116,8 @@ class Run:
         mode; and the step that it is of.
 
         Raises:
-            RunError: there is no checkpoint yet, or an older version made it, which did not write what model it is of.
+            RunError: there is no checkpoint yet, an older version made it, which did not write what model it is of, or
+                the networks still grow.
             CheckpointError: it is damaged.
         """
         found = list_checkpoints(self.checkpoints)
@@ -125,7 +127,10 @@ class Run:
                 f"{self.folder} has no checkpoint that tells its model yet: wait for the next one, or finish it with "
                 f"introvae fit --resume {self.folder}"
             )
-        path = str(found[-1])
+        config, path = self.config(), str(found[-1])
+        full = Schedule(config.growing, tuple(state["model"]["shape"]), config.batch_size).full
+        if config.growing.on and state["step"] < full:
+            raise RunError(f"{self.folder} still grows, and its levels above are not trained: wait for step {full:,}")
         model, weights = IntrospectiveVAE.from_config(state["model"], path), averaged_weights(state["average"])
         check_state(weights, model.state_dict(), path)
         model.load_state_dict(weights)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from introvae.training.run import Run
 PROJECT = "introvae"
 """The project (W&B) or experiment (MLflow) that runs are put in, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME say
 another one; each tracker's other variables, such as its address, hold as well."""
+
+log = logging.getLogger("introvae")
 
 
 class Trackers:
@@ -43,8 +46,7 @@ class Trackers:
     def log(self, row: Mapping[str, Any]) -> None:
         """A line of the log: its numbers, at its step."""
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        for tracker in self._each.values():
-            tracker.log(numbers, step=row["step"])
+        self._tell(lambda name, tracker: tracker.log(numbers, step=row["step"]))
 
     def picture(self, path: Path, step: int) -> None:
         """A picture that was made during training."""
@@ -52,7 +54,8 @@ class Trackers:
 
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-        for name, tracker in self._each.items():
+
+        def show(name: str, tracker: Any) -> None:
             if name == "tensorboard":
                 tracker.log_images({"images": np.asarray(image)[None]}, step=step, dataformats="NHWC")
             elif name == "wandb":
@@ -60,11 +63,23 @@ class Trackers:
             else:
                 tracker.log_artifact(str(path), "images")
 
+        self._tell(show)
+
     def finish(self) -> None:
         """End them: what they hold is written."""
-        for tracker in self._each.values():
-            tracker.finish()
+        self._tell(lambda name, tracker: tracker.finish())
         self._each = {}
+
+    def _tell(self, what: Callable[[str, Any], Any]) -> None:
+        """Do it with each tracker; one that fails, such as one whose server went away, is told no more: a training
+        does not end for it.
+        """
+        for name, tracker in list(self._each.items()):
+            try:
+                what(name, tracker)
+            except Exception as error:  # of three libraries and their servers
+                log.warning("tracker %s fails and is told no more: %s", name, first_line(error))
+                del self._each[name]
 
 
 def _started(name: str, run: Run, settings: dict[str, Any]) -> Any:
