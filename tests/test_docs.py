@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("newcomer")
 
 
+@pytest.mark.xdist_group("first page")
 def test_the_commands_of_the_first_page_run_in_their_order_from_an_empty_folder(
     folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +57,7 @@ def test_the_commands_of_the_first_page_run_in_their_order_from_an_empty_folder(
         assert (folder / name).stat().st_size > 500, name
 
 
+@pytest.mark.xdist_group("first page")
 def test_the_python_of_the_first_page_runs_after_its_commands(folder: Path) -> None:
     (block,) = blocks(START, "python")
     assert "kl_real" in run([sys.executable, "-c", block], folder)

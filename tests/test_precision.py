@@ -174,6 +174,23 @@ NAMES = pytest.mark.skipif(
 )
 
 
+def test_float32_multiplications_may_be_left_in_another_order() -> None:
+    """As threads and generators do: afterwards the setting is what it was."""
+
+    def found() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # pyright: ignore
+
+    before = found()
+    first, second = float32_multiplications(tf32=False), float32_multiplications(tf32=True)
+    first.__enter__()
+    assert found() == ("ieee", "ieee")
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert found() == ("tf32", "tf32")
+    second.__exit__(None, None, None)
+    assert found() == before
+
+
 @NAMES
 @pytest.mark.parametrize("before", [("none", "tf32"), ("tf32", "ieee")])
 @pytest.mark.parametrize("tf32", [True, False])

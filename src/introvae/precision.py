@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -69,20 +70,35 @@ def multiplies_bf16(device: torch.device) -> bool:
     return False
 
 
+_asked: list[tuple[object, Any]] = []
+_before: list[Any] = []
+_changing = Lock()
+
+
 @contextmanager
 def float32_multiplications(tf32: bool) -> Iterator[None]:
-    """Let NVIDIA GPUs multiply float32 with TF32's 10 bits, or not; other devices do not care."""
+    """Let NVIDIA GPUs multiply float32 with TF32's 10 bits, or not; other devices do not care.
+
+    The setting is the whole process', so the last one asked for holds. Threads and generators may leave in another order
+    than they came: when all have left, it is what it was before the first.
+    """
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         name, value = "fp32_precision", "tf32" if tf32 else "ieee"
         owners: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore
     else:  # torch 2.8 and older; the newer one cannot be read by these names once the others were used
         name, value = "allow_tf32", tf32
         owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [getattr(owner, name) for owner in owners]
-    for owner in owners:
-        setattr(owner, name, value)
+    mine = (object(), value)
+    with _changing:
+        if not _asked:
+            _before[:] = [getattr(owner, name) for owner in owners]
+        _asked.append(mine)
+        for owner in owners:
+            setattr(owner, name, value)
     try:
         yield
     finally:
-        for owner, found in zip(owners, before, strict=True):
-            setattr(owner, name, found)
+        with _changing:
+            _asked.remove(mine)
+            for owner, found in zip(owners, _before, strict=True):
+                setattr(owner, name, _asked[-1][1] if _asked else found)
