@@ -32,15 +32,10 @@ def cells(page: str) -> list[str]:
     return blocks((DOCS / page).read_text(), "{code-cell} ipython3")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("newcomer")
-
-
-@pytest.mark.xdist_group("first page")
-def test_the_commands_of_the_first_page_run_in_their_order_from_an_empty_folder(
-    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+def test_the_commands_and_the_python_of_the_first_page_run_in_their_order_from_an_empty_folder(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path
     monkeypatch.chdir(folder)
     lines = [line.strip() for block in blocks(START, "sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in lines if line.startswith(("introvae ", "python examples/"))]
@@ -56,9 +51,6 @@ def test_the_commands_of_the_first_page_run_in_their_order_from_an_empty_folder(
     for name in (*made, "runs/first/detect/pictures/scores.csv"):
         assert (folder / name).stat().st_size > 500, name
 
-
-@pytest.mark.xdist_group("first page")
-def test_the_python_of_the_first_page_runs_after_its_commands(folder: Path) -> None:
     (block,) = blocks(START, "python")
     assert "kl_real" in run([sys.executable, "-c", block], folder)
 

@@ -79,8 +79,8 @@ _changing = Lock()
 def float32_multiplications(tf32: bool) -> Iterator[None]:
     """Let NVIDIA GPUs multiply float32 with TF32's 10 bits, or not; other devices do not care.
 
-    The setting is the whole process', so the last one asked for holds. Threads and generators may leave in another order
-    than they came: when all have left, it is what it was before the first.
+    The setting is the whole process', so the last one asked for holds. Threads and generators may leave in another
+    order than they came: when all have left, it is what it was before the first.
     """
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         name, value = "fp32_precision", "tf32" if tf32 else "ieee"
