@@ -268,7 +268,8 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
             ]
         inputs = [seed, number, truncation, label]
         for changed in inputs:
-            changed.change(_said(draw), inputs, shown, trigger_mode="always_last", show_progress="hidden")
+            # Answered at once: a place in the queue would cost as much as the samples.
+            changed.change(_said(draw), inputs, shown, trigger_mode="always_last", show_progress="hidden", queue=False)
         another.click(lambda value: (_whole(value) + 1) % 2**32, seed, seed, show_progress="hidden")
 
 
