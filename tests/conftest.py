@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib as mpl
 import pytest
 import torch
 
 from commands import REMEDY, Command, Refused, Said, call, one_line
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 
 mpl.use("Agg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -52,3 +60,15 @@ def refused(command: Command) -> Refused:
         return said.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by playwright; where one of them is missing, the test is skipped and says so."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
+    if CHROMIUM is None:
+        pytest.skip("chromium is missing")
+    with playwright.sync_playwright() as api:
+        chromium = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +26,6 @@ from introvae import fit
 pytestmark = pytest.mark.studio
 
 pytest.importorskip("gradio", reason="gradio is missing: the extra studio")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 PICTURES = os.environ.get("INTROVAE_SCREENSHOTS")
 """A folder in which the pictures of the documentation are left."""
 
@@ -76,16 +69,6 @@ def _address(process: subprocess.Popen[str], said: Path) -> str:
         assert process.poll() is None, said.read_text()
         time.sleep(0.1)
     raise AssertionError(said.read_text())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is missing")
-    with playwright.sync_playwright() as api:
-        chromium = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

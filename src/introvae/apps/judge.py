@@ -38,7 +38,7 @@ LOCAL = "local"
 """The heat map that knows what is usual at each place, from training images."""
 HEATMAPS = (LOCAL, *MAPS)
 PLACES = 2_000
-"""At most so many of them."""
+"""At most so many training images tell it."""
 MAPPED = 256
 """Normal images whose heat those quantiles are of."""
 

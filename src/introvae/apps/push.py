@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,14 @@ def _data_name(run: Run) -> str:
     part.
     """
     data = run.config().data
-    known = (yaml.safe_load(recipe_path(name).read_text(encoding="utf-8")).get("data") for name in list_recipes())
-    return data if "/" in data and data in known else Path(data).name
+    return data if data in _hub_sets() else Path(data).name
+
+
+@cache
+def _hub_sets() -> frozenset[str]:
+    """Names on the hub of the recipes' data sets."""
+    named = (yaml.safe_load(recipe_path(name).read_text(encoding="utf-8")).get("data") for name in list_recipes())
+    return frozenset(name for name in named if name and "/" in name)
 
 
 def _samples(model: IntrospectiveVAE, path: Path) -> bool:

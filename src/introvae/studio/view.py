@@ -39,7 +39,7 @@ from introvae.exchange import read_samples
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import image_grid, to_pil
 from introvae.report import figures
-from introvae.training.checkpoint import list_checkpoints
+from introvae.training.checkpoint import checkpoint_path, list_checkpoints
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
@@ -156,8 +156,6 @@ class View:
             self.model = IntrospectiveVAE.from_pretrained(source)
         else:
             self.model, self.step = _newest(self.run)
-            checkpoints = list_checkpoints(self.run.checkpoints)
-            self._read = checkpoints[-1].name if checkpoints else ""
         shape = self.model.shape
         if shape is None or len(shape) != 3:
             raise ConfigError(f"{source} has samples of shape {shape}, no images: look at them with introvae sample")
@@ -185,10 +183,9 @@ class View:
             if self.run is None or self.finished:
                 return
             ended = (self.run.model_folder / "config.json").is_file()
-            checkpoints = list_checkpoints(self.run.checkpoints)
-            if ended or (checkpoints and checkpoints[-1].name != self._read):
+            newer = list_checkpoints(self.run.checkpoints)[-1:]
+            if ended or (newer and newer[0] != checkpoint_path(self.run.checkpoints, self.step or 0)):
                 self.model, self.step = _newest(self.run)
-                self._read = checkpoints[-1].name if checkpoints else ""
                 for name in ("usual", "active"):  # of the model; the data stay
                     self._found.pop(name, None)
 

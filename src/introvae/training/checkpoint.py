@@ -21,11 +21,16 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `step_NNNNNNNN.pt` and remove all but the newest `KEEP`."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "step": step, **state}, buffer)
-    path = folder / f"step_{step:08d}.pt"
+    path = checkpoint_path(folder, step)
     write_atomically(path, buffer.getvalue())
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink(missing_ok=True)
     return path
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:08d}.pt"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
