@@ -93,6 +93,17 @@ def test_it_finds_a_plain_patch_in_texture_which_the_residual_misses() -> None:
     assert found["residual"] < 0.6 < 0.95 < found["local"], found
 
 
+def test_large_images_have_fewer_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of 2 x 2 pixels: a quarter of the memory, and nearly the same heat at each pixel."""
+    model, normal, x = build(), images(200, 1), images(20, 2)
+    x[:, :, 6:14, 2:10] = 0.5
+    every = fitted(model, normal)
+    monkeypatch.setattr("introvae.apps.local_map.FINEST", 12)
+    fewer = fitted(model, normal)
+    assert (every.places, fewer.places) == ((24, 24), (12, 12))
+    assert torch.corrcoef(torch.stack([every(x).flatten(), fewer(x).flatten()]))[0, 1] > 0.97
+
+
 def test_more_images_after_a_map_are_counted() -> None:
     model, x = build(), images(3, 2)
     heat = fitted(model, images(20, 1))

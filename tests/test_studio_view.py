@@ -125,7 +125,7 @@ def test_shares_of_usual_images_count_them(view: View) -> None:
     assert shares == pytest.approx([i / n for i in range(n)])
 
 
-@pytest.mark.parametrize("heat", ["latent", "combined"])
+@pytest.mark.parametrize("heat", ["local", "residual", "latent", "combined"])
 def test_every_heat_map_is_drawn(view: View, heat: str) -> None:
     assert view.seen(Source("sample", number=3), heat).heat.mode == "RGB"
 

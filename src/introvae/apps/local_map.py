@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from introvae.apps.heatmaps import SMOOTH, smoothed
 from introvae.apps.scores import evaluating, parts
@@ -20,6 +21,8 @@ FLOOR = 1 / 255**2 / 12
 """The energy of rounding to 8 bits, added before the logarithm: nothing below it means anything."""
 RIDGE = 1e-3
 """Share of each feature's variance over all places that is added to its variance at one place."""
+FINEST = 256
+"""A larger image's shorter side has so many places (to twice as many): the smallest neighbourhood is wider than one."""
 SMOOTHED = 3 * SMOOTH / 2
 """The default smoothing is a Gaussian with a standard deviation of the shorter side over this."""
 
@@ -33,7 +36,9 @@ class LocalMap:
     (`heatmaps.residual_map`) misses what the model draws well, such as a plain patch or one out of focus, and is high
     at every sharp edge, where a normal image's is, too.
 
-    It keeps 16 F^2 bytes for each pixel with F = 2 (C + 2) features, 1.7 GB for colour images of 1024 pixels.
+    A place is a pixel; in images of 512 pixels and more it is a square of pixels, such that at least 256 lie along a
+    side. For each place 16 F^2 bytes are kept with F = 2 (C + 2) features: 105 MB for colour images of 256 or 1024
+    pixels.
 
     Arguments:
         model: a trained one of images; it works in evaluation mode and is left as it was.
@@ -57,10 +62,12 @@ class LocalMap:
             raise DataError(f"data of shape {model.shape} have no heat map: give a model of images")
         self.model, (channels, height, width) = model, model.shape
         features = len(SCALES) * (channels + 2)
+        square = max(1, min(height, width) // FINEST)
+        self.places = (height // square, width // square)
         self.count = 0
         self._shift: Tensor | None = None  # the first batch's mean: sums of small numbers lose nothing
-        self._sum = torch.zeros(height, width, features, dtype=torch.float64)
-        self._products = torch.zeros(height, width, features, features, dtype=torch.float64)
+        self._sum = torch.zeros(*self.places, features, dtype=torch.float64)
+        self._products = torch.zeros(*self.places, features, features, dtype=torch.float64)
         self._known: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor, condition: Tensor | int | str | None = None) -> None:
@@ -100,7 +107,7 @@ class LocalMap:
         heat = []
         for features in self._features(x, condition):
             off = torch.einsum("hwij,nhwj->nhwi", root, features - mean)
-            heat.append(smoothed(off.square().sum(dim=-1).sqrt().float(), smooth))
+            heat.append(smoothed(_resized(off.square().sum(dim=-1).sqrt().float(), x.shape[2:]), smooth))
         return torch.cat(heat)
 
     def _law(self) -> tuple[Tensor, Tensor]:
@@ -128,7 +135,15 @@ class LocalMap:
         with evaluating(self.model):
             for part, of in parts(self.model, x, condition, at_once(tuple(x.shape[1:]))):
                 y = wide(self.model.reconstruct(part, of)).cpu()
-                yield local_features(wide(part).cpu(), y).double()
+                features = local_features(wide(part).cpu(), y).permute(0, 3, 1, 2)
+                yield functional.adaptive_avg_pool2d(features, self.places).permute(0, 2, 3, 1).double()
+
+
+def _resized(heat: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Heat `[N, h, w]` at `[N, *size]`, linear in between; of that size already, it is what it is."""
+    if tuple(heat.shape[1:]) == tuple(size):
+        return heat
+    return functional.interpolate(heat[:, None], size=tuple(size), mode="bilinear")[:, 0]
 
 
 def local_features(x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from introvae.apps.heatmaps import MAPS
+from introvae.apps.judge import HEATMAPS
 from introvae.errors import ConfigError, IntrovaeError
 from introvae.extras import import_extra
 from introvae.studio.view import KINDS, MOST_SAMPLES, Source, View
@@ -315,12 +315,16 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
             with gr.Column(scale=1, min_width=260):
                 run = _chooser(gr, named)
                 picker = _picker(gr, named, "image")
-                heat = gr.Dropdown(list(MAPS), value="residual", label="heat map")
+                heat = gr.Dropdown(list(HEATMAPS), value=HEATMAPS[0], label="heat map")
             with gr.Column(scale=3):
                 with gr.Row():
                     pictures = [
                         _picture(gr, title, elem_id=key, height=300)
-                        for key, title in (("image", "image"), ("again", "reconstruction"), ("heat", "where it fails"))
+                        for key, title in (
+                            ("image", "image"),
+                            ("again", "reconstruction"),
+                            ("heat", "where it is unusual"),
+                        )
                     ]
                 scores = gr.Dataframe(
                     headers=["score", "what it is", "value", "usual images with less"],

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,8 @@ from torch import Tensor
 from introvae.apps.directions import Direction
 from introvae.apps.explore import Batch, Condition, active_dimensions, batches, decoded, latents, nearest_images, ways
 from introvae.apps.heatmaps import MAPS, overlay
-from introvae.apps.judge import betas_of
+from introvae.apps.judge import HEATMAPS, LOCAL, PLACES, betas_of
+from introvae.apps.local_map import LocalMap
 from introvae.apps.scores import SCORES, Score, score_images
 from introvae.classes import named, samples_of
 from introvae.data import ArrayData
@@ -86,13 +87,13 @@ class Usual(NamedTuple):
     """What the run's held-out images have, or samples of the model where the data are not there.
 
     Arguments:
+        batch: these images.
         scores: by name, `[N]`.
-        heat: of the hottest pixels, by the name of the map.
         what: which images these are.
     """
 
+    batch: Batch
     scores: dict[str, Tensor]
-    heat: dict[str, float]
     what: str
 
 
@@ -186,8 +187,8 @@ class View:
             newer = list_checkpoints(self.run.checkpoints)[-1:]
             if ended or (newer and newer[0] != checkpoint_path(self.run.checkpoints, self.step or 0)):
                 self.model, self.step = _newest(self.run)
-                for name in ("usual", "active"):  # of the model; the data stay
-                    self._found.pop(name, None)
+                for name in set(self._found) - {"data"}:  # all else is of the model
+                    del self._found[name]
 
     def _steady(self) -> AbstractContextManager[Any]:
         """In which the model is one: that of a run that trains may be replaced in between."""
@@ -293,18 +294,18 @@ class View:
         return named(self.model.classes, [label] if label else [], count)
 
     @_steadily
-    def seen(self, source: Source, heat: str = "residual") -> Seen:
+    def seen(self, source: Source, heat: str = HEATMAPS[0]) -> Seen:
         """What the model makes of an image, and how usual that is.
 
         Arguments:
             source: the image.
-            heat: kind of heat map: "residual", "latent" or "combined".
+            heat: kind of heat map: "local", "residual", "latent" or "combined", as in `introvae detect`.
 
         Raises:
             ConfigError: the run's encoder gives no latents; an unknown map or class.
             DataError: as in `image`.
         """
-        one_of(tuple(MAPS), heat=heat)
+        one_of(HEATMAPS, heat=heat)
         self.check_encodes()
         x, of = self.image(source)[None], self._condition(source.label, 1)
         z = latents(self.model, x, of)
@@ -313,7 +314,7 @@ class View:
         for name, value in self._scores(x, of).items():
             less = value - ROUNDING * value.abs()  # an image alone is rounded otherwise than in a batch
             scores.append((SCORES[name], value.item(), float((usual.scores[name] < less).double().mean())))
-        hot = overlay(x, MAPS[heat](self.model, x, condition=of), usual.heat[heat])
+        hot = overlay(x, self._heat(heat, x, of), self._once(f"hottest {heat}", partial(self._hottest, heat)))
         image, again, where = (enlarged(picture[0]) for picture in (x, decoded(self.model, z, of), hot))
         return Seen(image, again, where, scores, figures.latent_bars(z[0]), usual.what)
 
@@ -328,11 +329,28 @@ class View:
 
     def _find_usual(self) -> Usual:
         batch, what = self._some()
-        scores = self._scores(*batch)
-        maps = {name: function(self.model, batch.x, condition=batch.condition) for name, function in MAPS.items()}
-        hot = {name: heat.flatten().sort().values[int(HOT * (heat.numel() - 1))] for name, heat in maps.items()}
-        tiny = torch.finfo(torch.float32).tiny
-        return Usual(scores, {name: max(float(value), tiny) for name, value in hot.items()}, what)
+        return Usual(batch, self._scores(*batch), what)
+
+    def _heat(self, name: str, x: Tensor, condition: Condition) -> Tensor:
+        function = self._once(LOCAL, self._local_map) if name == LOCAL else partial(MAPS[name], self.model)
+        return function(x, condition=condition)
+
+    def _hottest(self, name: str) -> float:
+        """The heat that few pixels of usual images exceed; the last colour has it."""
+        heat = self._heat(name, *self.usual.batch).flatten().sort().values
+        return max(heat[int(HOT * (len(heat) - 1))].item(), torch.finfo(heat.dtype).tiny)
+
+    def _local_map(self) -> LocalMap:
+        """What is usual at each place, from training images, or from samples where there are none."""
+        fitted = LocalMap(self.model)
+        try:
+            data = self._data
+            for batch in batches(self.model, data.train[:PLACES], data.class_names):
+                fitted.update(*batch)
+        except IntrovaeError:
+            fitted = LocalMap(self.model)
+            fitted.update(*self._made(2))
+        return fitted
 
     def _some(self) -> tuple[Batch, str]:
         """Held-out images, or samples where there are none, and what they are."""
@@ -342,9 +360,11 @@ class View:
             of = self.model.condition_for(part.labels, data.class_names)
             return Batch(part.tensor(), of), f"{len(part):,} held-out images"
         except IntrovaeError:
-            of = self.model.draw_condition(COMPARED, torch.Generator().manual_seed(1))
-            x = decoded(self.model, self._drawn(1, COMPARED), of)
-            return Batch(x, of), f"{len(x):,} samples of the model, since its data are not here"
+            return self._made(1), f"{COMPARED:,} samples of the model, since its data are not here"
+
+    def _made(self, seed: int) -> Batch:
+        of = self.model.draw_condition(COMPARED, torch.Generator().manual_seed(seed))
+        return Batch(decoded(self.model, self._drawn(seed, COMPARED), of), of)
 
     @_steadily
     def nearest(self, source: Source, number: int = 8, by: str = "latents") -> tuple[Image, list[float]]:
