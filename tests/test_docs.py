@@ -65,6 +65,17 @@ def test_the_cells_about_an_own_network_run(monkeypatch: pytest.MonkeyPatch) -> 
     page.__dict__["folder"].cleanup()
 
 
+def test_the_own_network_trains_by_its_import_path(tmp_path: Path) -> None:
+    parts = cells("own-network.md")
+    (tmp_path / "folding.py").write_text("\n".join(["import introvae", parts[0], parts[2]]))
+    lines = re.findall(r"^PYTHONPATH=\. introvae (.*)$", (DOCS / "own-network.md").read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["fit", "sample"]
+    for line, more in zip(lines, (["--steps", FEW, "--quiet"], []), strict=True):
+        run([sys.executable, "-m", "introvae", *shlex.split(line), *more], tmp_path)
+    assert (tmp_path / "samples.png").is_file()
+    assert "network: folding.build_folding" in (tmp_path / "runs/folding/config.yaml").read_text()
+
+
 def test_the_cells_about_an_own_objective_run(tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n".join(cells("own-objective.md")))
     environment = {**os.environ, "INTROVAE_DOCS_STEPS": FEW}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy import integrate
 from torch import nn
 
-from introvae import DiagonalGaussian, IntrospectiveVAE, list_networks, register_network
+from introvae import DiagonalGaussian, FitConfig, IntrospectiveVAE, list_networks, networks, register_network
 from introvae.errors import CheckpointError, ConfigError, DataError
 from introvae.gaussian import LOGVAR_RANGE
 from introvae.networks.conv import possible_sides
@@ -250,6 +251,36 @@ def test_a_registered_network_can_be_saved_and_loaded(tmp_path) -> None:
     )
     with pytest.raises(ConfigError, match="registered already"):
         register_network("linear-for-this-test", builder)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nosuch.build", "cannot be imported .*No module named 'nosuch'.*PYTHONPATH"),
+        ("introvae.networks.nosuch", "cannot be imported .*nosuch"),
+        ("os.getcwd", "no builder of networks"),
+        ("subprocess.run", "no builder of networks"),
+    ],
+)
+def test_what_is_no_import_path_of_a_builder(path: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        FitConfig(network=path)
+    assert path not in list_networks()
+
+
+def test_a_saved_model_imports_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But it is known once the settings of its run are read."""
+    monkeypatch.setattr(networks, "_NETWORKS", dict(networks._NETWORKS))
+    model = IntrospectiveVAE.build((4,), "tiny-mlp", 2)
+    assert model.config is not None
+    model.config["network"] = "introvae.networks.mlp.build_mlp"
+    model.config["options"] = {"hidden": 16, "depth": 2}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="register its network first"):
+        IntrospectiveVAE.from_pretrained(tmp_path)
+    FitConfig(network="introvae.networks.mlp.build_mlp")
+    x = torch.rand(3, 4)
+    assert torch.equal(IntrospectiveVAE.from_pretrained(tmp_path).reconstruct(x), model.reconstruct(x))
 
 
 def damage_cut(folder):

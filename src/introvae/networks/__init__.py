@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from introvae.errors import ConfigError, positive, unknown
+from introvae.errors import ConfigError, first_line, positive, unknown
 from introvae.networks.blocks import use_gradient_checkpointing
 from introvae.networks.conv import build_conv
 from introvae.networks.dcgan import build_dcgan
@@ -18,7 +19,14 @@ from introvae.networks.mlp import build_mlp
 from introvae.networks.residual import build_residual
 from introvae.networks.style import build_style
 
-__all__ = ["build_network", "list_networks", "network_for", "register_network", "use_gradient_checkpointing"]
+__all__ = [
+    "build_network",
+    "import_network",
+    "list_networks",
+    "network_for",
+    "register_network",
+    "use_gradient_checkpointing",
+]
 
 Builder = Callable[..., tuple[nn.Module, nn.Module]]
 
@@ -65,6 +73,36 @@ def register_network(name: str, builder: Builder) -> None:
     if name in _NETWORKS:
         raise ConfigError(f"a network named {name!r} is registered already: choose another name")
     _NETWORKS[name] = builder
+
+
+def import_network(path: str) -> None:
+    """Register a builder under its import path, "module.function", unless it is known; other names are left alone.
+
+    Only settings that somebody gives name networks so. `IntrospectiveVAE.from_pretrained` imports nothing: it knows
+    such a network once the settings of its run are read, or `register_network` was called.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no builder: its first parameters are to be `shape` and `latent_dim`.
+
+    Example:
+        >>> import_network("introvae.networks.conv.build_conv")
+        >>> "introvae.networks.conv.build_conv" in list_networks()
+        True
+    """
+    module, _, name = path.rpartition(".")
+    if path in _NETWORKS or not module:
+        return
+    try:
+        builder = getattr(import_module(module), name)
+        first = list(inspect.signature(builder).parameters)[:2]
+    except Exception as error:  # whatever a user's module does
+        raise ConfigError(
+            f"network {path!r} cannot be imported ({type(error).__name__}: {first_line(error)}): give "
+            "MODULE.FUNCTION of a module that Python finds, such as by PYTHONPATH"
+        ) from error
+    if first != ["shape", "latent_dim"]:
+        raise ConfigError(f"{path} is no builder of networks: its first parameters must be shape and latent_dim")
+    register_network(path, builder)
 
 
 def network_for(shape: tuple[int, ...]) -> str:

@@ -19,6 +19,7 @@ import introvae.baselines  # noqa: F401 - the parser knows the objectives that w
 from introvae.augment import Augmentation
 from introvae.data import DATA_OPTIONS, DataOptions, holds_vectors, is_table
 from introvae.errors import ConfigError, checked_seed, not_negative, one_of, positive, unknown, whole
+from introvae.networks import import_network
 from introvae.objectives import Objective, SoftIntroVAE, Warmup, get_objective, list_objectives
 from introvae.precision import PRECISIONS
 from introvae.training.growing import Growth
@@ -41,7 +42,8 @@ class FitConfig(DataOptions):
         data: digits, density:NAME, the path of a folder of images, scans or Parquet files, of a .parquet, .npy, .npz or
             .csv file, or owner/name on the hub.
         objective: what the two players want; any setting of it can be given as --objective.NAME.
-        network: conv, mlp, or auto (conv for images, mlp for vectors).
+        network: conv, mlp and others; auto (conv for images, mlp for vectors); or the import path of a builder of one's
+            own (docs/own-network.md).
         network_options: settings of the network, such as --network_options.channels "[32, 64]".
         latent_dim: dimensions of the latent space; by default that of vectors, 32 for grey images up to 32 pixels, 128
             for others.
@@ -131,6 +133,7 @@ class FitConfig(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        import_network(self.network)
         if isinstance(self.objective, str):  # for Python, as on the command line
             object.__setattr__(self, "objective", get_objective(self.objective)())
         if isinstance(self.warmup, dict):

@@ -109,6 +109,7 @@ class Run:
         """
         if not (self.model_folder / "config.json").is_file():
             raise RunError(f"{self.folder} has no model yet: finish it with introvae fit --resume {self.folder}")
+        self.config()  # reading it imports a network of one's own
         return IntrospectiveVAE.from_pretrained(self.model_folder)
 
     def latest(self) -> tuple[IntrospectiveVAE, int]:
