@@ -40,9 +40,10 @@ from introvae.comparison import execute
 from introvae.comparison.compare import compare
 from introvae.comparison.execute import FAILURE, Job, estimate, jobs, run_all, within
 from introvae.comparison.figures import moments, stability
-from introvae.comparison.plan import Cell, Comparison, from_file, from_words
+from introvae.comparison.plan import Cell, Comparison, from_file, from_words, list_comparisons
 from introvae.comparison.summary import collect, labels_of, run_result, to_markdown, to_text
-from introvae.errors import InterruptedRunError
+from introvae.errors import DataError, InterruptedRunError
+from introvae.networks import build_network, network_for
 from introvae.training import loop
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.signals import stop_on_signal
@@ -558,6 +559,14 @@ def test_runs_on_images_are_shown_at_three_moments(tmp_path: Path) -> None:
     assert moments({"C": found["A"][-1:]}) is None
 
 
+def test_moments_lie_after_the_warm_up(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("L", (8, 8)).save(path)
+    figure = moments({"A": [(step, path) for step in range(100, 1100, 100)]}, warm=500)
+    assert figure is not None
+    assert [axis.get_title() for axis in figure.axes] == ["A, step 600", "A, step 700", "A, step 1,000"]
+
+
 def test_a_run_s_pictures_have_their_steps(tmp_path: Path) -> None:
     run = fit(
         data="digits", network="tiny-mlp", latent_dim=2, steps=4, image_every=2, recipe="none", out=tmp_path / "r"
@@ -859,7 +868,39 @@ def test_the_cost_of_epochs_and_of_the_default_length(
 ) -> None:
     monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (1.0, 3.0))
     (job,) = jobs(from_words(["IntroVAE"], ["digits"], 1, [*length, "--network", "tiny-mlp"]), tmp_path)
-    assert estimate([job], 1)[job] - execute.EVALUATION_SECONDS == pytest.approx(3 * steps)
+    assert estimate([job], 1)[job] - execute.IMAGES_SECONDS == pytest.approx(3 * steps)
+
+
+def test_runs_whose_data_are_not_there_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (1.0, 3.0))
+    here, gone = (
+        jobs(from_words(["VAE", "SoftIntroVAE"], [data], 1, ["--steps", "3", "--network", "tiny-mlp"]), tmp_path)
+        for data in ("density:rings", "data/nowhere")
+    )
+    with caplog.at_level("WARNING", "introvae"):
+        assert list(estimate([*gone, *here], 1)) == here
+    assert "left out: VAE on data/nowhere: there is no folder or file data/nowhere" in caplog.text
+    with pytest.raises(DataError, match="data/nowhere"):
+        estimate(gone, 1)
+
+
+@pytest.mark.parametrize("name", list_comparisons())
+def test_every_row_of_the_comparisons_that_come_with_the_package_builds_its_networks(name: str) -> None:
+    """Of the shape that the row gives, or its data have."""
+    built = set()
+    for cell in from_file(name).cells:
+        config = cell.config(0)
+        shape = (1, 28, 28) if cell.data in ("mnist", "fashion-mnist") else (2,)
+        if config.size and config.channels:
+            shape = (config.channels, config.size, config.size)
+        network = network_for(shape) if config.network == "auto" else config.network
+        kind = (network, shape, config.latent_dim, str(config.network_options))
+        if kind not in built:
+            built.add(kind)
+            encoder, decoder = build_network(network, shape, config.latent_dim or 2, config.network_options)
+            assert decoder(encoder(torch.rand(2, *shape))[0]).shape == (2, *shape), cell
 
 
 def test_the_first_runs_that_fit_into_the_hours_are_chosen(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _say(
         threads,
     )
     for section in dict.fromkeys(job.cell.section for job in todo):
-        its = [job for job in todo if job.cell.section == section]
+        its = [job for job in costs if job.cell.section == section]
         now = [job for job in chosen if job.cell.section == section]
         cost = _duration(sum(costs[job] for job in its) / workers)
         log.info("  %-24s %3d runs, %3d now, about %s", section, len(its), len(now), cost)
@@ -230,11 +230,12 @@ def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
             logs = {label: [Run(job.folder).log() for job in done[label]] for label in order}
             critics = [label for label in order if done[label][0].config.objective.encodes == "nothing"]
             pictures = {label: Run(done[label][0].folder).pictures() for label in order}
+            firsts = [row["step"] for runs in logs.values() for row in runs[0] if row["phase"] == "warmup"]
             made = {
                 "samples": figures.samples(models, data, critics),
                 "stability": figures.stability(logs),
                 "gradients": figures.gradients(logs),
-                "moments": None if data.startswith("density:") else figures.moments(pictures),
+                "moments": None if data.startswith("density:") else figures.moments(pictures, max(firsts, default=0)),
             }
             for name, figure in made.items():
                 if figure is not None:

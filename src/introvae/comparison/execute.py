@@ -21,7 +21,7 @@ import yaml
 
 from introvae.comparison.plan import Cell, Comparison, same_settings
 from introvae.data import Data
-from introvae.errors import ConfigError, InterruptedRunError
+from introvae.errors import ConfigError, DataError, InterruptedRunError
 from introvae.files import write_atomically
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.config import FitConfig
@@ -39,8 +39,10 @@ FAILURE, CRASH, ASKED = "failure.txt", "crash.txt", "asked.yaml"
 process died (it is); and the settings that were asked for, before the data filled in the rest."""
 WARM, TIMED = 3, 12
 """Steps before and in the measurement of a step's time."""
-EVALUATION_SECONDS = 12.0
-"""What starting a process and measuring a model take besides the steps; measured for points in the plane."""
+EVALUATION_SECONDS, IMAGES_SECONDS = 12.0, 50.0
+"""What starting a process and measuring a model take besides the steps: for points in the plane, and for images (MNIST,
+one thread).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +123,13 @@ def default_workers() -> int:
 
 
 def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
-    """Seconds that each job will take alone in its process, from a few steps of every different kind.
+    """Seconds that each job will take alone in its process, from a few steps of every different kind. Jobs whose data
+    are not there are told and left out.
 
     Raises:
-        IntrovaeError: a job's data or settings will not do.
+        IntrovaeError: a job's settings will not do, or no job's data are there.
     """
-    known: dict[str, tuple[float, float, Data]] = {}
+    known: dict[str, tuple[float, float, Data] | DataError] = {}
     found = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -134,16 +137,29 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
         for job in todo:
             config = job.config
             if (key := _kind(config)) not in known:
-                trainer = Trainer(config)
-                known[key] = (*_step_seconds(trainer), trainer.data)
-            warm, full, data = known[key]
+                try:
+                    trainer = Trainer(config)
+                except DataError as error:
+                    log.warning("left out: %s on %s: %s", job.cell.label, job.cell.data, error)
+                    known[key] = error
+                else:
+                    known[key] = (*_step_seconds(trainer), trainer.data)
+            kind = known[key]
+            if isinstance(kind, DataError):
+                continue
+            warm, full, data = kind
             config = resolve(config, data)
             steps = config.steps or 0
             warming = config.warmup.steps if config.objective.adversarial else 0
             share = 1 - _share_done(job, steps)
-            found[job] = EVALUATION_SECONDS + share * (warming * warm + (steps - warming) * full)
+            rest = IMAGES_SECONDS if len(data.shape) == 3 else EVALUATION_SECONDS
+            found[job] = rest + share * (warming * warm + (steps - warming) * full)
     finally:
         torch.set_num_threads(before)
+    if not found:
+        for kind in known.values():
+            if isinstance(kind, DataError):
+                raise kind
     return found
 
 

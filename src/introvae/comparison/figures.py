@@ -25,7 +25,9 @@ WIDE = 8
 DRAWN = 100
 """About so many points a curve are drawn: there are many curves, and the files are shared."""
 MOMENTS, WIDTH_OF_MOMENT = (0.2, 0.4, 1.0), 3.1
-"""Shares of training at which pictures are shown, epochs 10, 20 and 50 of the AS-IntroVAE poster; inches of each."""
+"""Shares of the training after the warm-up at which pictures are shown, epochs 10, 20 and 50 of the AS-IntroVAE poster;
+inches of each.
+"""
 LEAST = 1e-12
 """Where a gradient that vanished is drawn."""
 COLOURS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a23b", "#7b5ea7", "#5c6875", "#b0447a", "#4a8f3c")
@@ -143,12 +145,13 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
     return figure
 
 
-def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]]) -> Figure | None:
+def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]], warm: int = 0) -> Figure | None:
     """What each row's first run made of the same held-out images and latents at the moments `MOMENTS` of its training;
     None where a run kept no picture before its end.
 
     Arguments:
         pictures: step and file of a run's pictures, in order, the last one of its end; by label.
+        warm: steps of the longest warm-up: in it all rows are VAEs.
     """
     kept = {label: its for label, its in pictures.items() if len(its) > 1}
     if not kept:
@@ -158,7 +161,8 @@ def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]]) -> Figure | None
     axes = iter(figure.axes)
     for label, its in kept.items():
         for moment in MOMENTS:
-            step, path = min(its, key=lambda found: abs(found[0] - moment * its[-1][0]))
+            meant = warm + moment * (its[-1][0] - warm)
+            step, path = min(its, key=lambda found: abs(found[0] - meant))
             axis = next(axes)
             axis.imshow(_picture(path), interpolation="antialiased")
             axis.set_title(f"{label}, step {step:,}", fontsize=7)

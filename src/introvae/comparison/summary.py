@@ -248,7 +248,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
 def _row(cell: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     total = len(cell["runs"])
     if cell["not_run"] == total:
-        cost = f"not run, about {cell['cost_seconds'] / 60:.0f} min"
+        cost = f"not run, about {cell['cost_seconds'] / 60:.0f} min" if cell["cost_seconds"] else "not run"
         return [cell["label"], cost, *([""] * (len(columns) + 4))]
     with_modes = any("lost_modes" in run for run in cell["runs"])
     runs = f"{cell['done']}" if not cell["not_run"] else f"{cell['done']} of {total}"
