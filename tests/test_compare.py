@@ -46,6 +46,7 @@ from introvae.errors import DataError, InterruptedRunError
 from introvae.networks import build_network, network_for
 from introvae.training import loop
 from introvae.training.checkpoint import list_checkpoints
+from introvae.training.config import load_config, recipe_path
 from introvae.training.signals import stop_on_signal
 
 OBJECTIVES, DATA = ["VAE", "SoftIntroVAE"], ["density:rings", "density:8gaussians"]
@@ -901,6 +902,21 @@ def test_every_row_of_the_comparisons_that_come_with_the_package_builds_its_netw
             built.add(kind)
             encoder, decoder = build_network(network, shape, config.latent_dim or 2, config.network_options)
             assert decoder(encoder(torch.rand(2, *shape))[0]).shape == (2, *shape), cell
+
+
+def test_rows_without_a_recipe_beside_ones_with_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "introvae"):
+        from_words(["VAE", "SoftIntroVAE"], ["pictures"], 1)
+        from_words(["AGE", "IntroVAE"], ["pictures"], 1)
+    assert not caplog.records
+    with caplog.at_level("WARNING", "introvae"):
+        from_words(["VAE", "AGE"], ["pictures"], 1)
+    assert "pictures: no recommended recipe for AGE" in caplog.text
+
+
+def test_the_baseline_of_mnist_is_the_row_of_the_comparison() -> None:
+    (row, *_) = [cell for cell in from_file("images").cells if (cell.section, cell.label) == ("mnist", "WGAN-GP")]
+    assert row.config(0) == load_config(recipe_path("mnist-wgangp"))
 
 
 def test_the_first_runs_that_fit_into_the_hours_are_chosen(tmp_path: Path) -> None:

@@ -58,10 +58,12 @@ HUB_WHOLE = {"celebahq256": 30_000, "celebahq1024": 30_000, "ffhq256": 70_000}
 SHAPES = {
     "images-published": (3, 32, 32),
     "images-softintrovae": (3, 64, 64),
+    "images-vae": (3, 64, 64),
     "mnist-asintrovae": (1, 28, 28),
     "mnist-introvae": (1, 28, 28),
     "mnist-softintrovae": (1, 28, 28),
     "mnist-vae": (1, 28, 28),
+    "mnist-wgangp": (1, 28, 28),
     "scans-softintrovae": (1, 128, 128),
     "table-softintrovae": (6,),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,9 @@ import yaml
 
 from introvae.errors import ConfigError, checked_seed, unknown
 from introvae.objectives import get_objective
-from introvae.training.config import RECIPES, FitConfig, config_from_words, underscored
+from introvae.training.config import RECIPES, FitConfig, config_from_words, recommended_recipe, underscored
+
+log = logging.getLogger("introvae")
 
 COMPARISONS = RECIPES / "compare"
 OWN = ("--seed", "--out", "--resume", "--evaluate", "--quiet", "--dry_run")
@@ -121,6 +124,15 @@ def from_words(objectives: Sequence[str], data: Sequence[str], seeds: int, setti
         )
     _refuse(settings, ("--objective", "--recipe"), "the settings")
     rows = {name: shlex.join(["--objective", name, *settings]) for name in objectives}
+    for name in data:
+        bare = [objective for objective in objectives if recommended_recipe(name, objective) is None]
+        if 0 < len(bare) < len(objectives):
+            log.warning(
+                "%s: no recommended recipe for %s, which have the defaults of fit, so other networks and lengths than "
+                "the rows beside them: give --network, --network_options, --latent_dim, --batch_size, --steps and --lr",
+                name,
+                ", ".join(bare),
+            )
     return Comparison("Comparison", (_section("comparison", {"data": list(data), "rows": rows, "seeds": seeds}),))
 
 
