@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from introvae import ConfigError, IntrospectiveVAE, Run, evaluate, fit, from_array
 from introvae.data import ArrayData, Part, load_data, preparation_from
-from introvae.measures import ACTIVE_VARIANCE, METRICS, measure
+from introvae.measures import ACTIVE_VARIANCE, METRICS, measure, metrics_in
 from introvae.metrics.features import values
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.report import figures
@@ -46,7 +46,7 @@ PICTURES = {
 VECTOR_METRICS = {"mse", "kl_real_nats", "active_units", "kl_aggregate_nats", "frechet_values"}
 IMAGE_METRICS = {
     *("mse", "psnr_db", "ssim", "kl_real_nats", "active_units", "kl_aggregate_nats"),
-    *("frechet_thumb", "frechet_randconv", "msssim_pairs"),
+    *("frechet_thumb", *metrics_in("randconv"), "msssim_pairs"),
 }
 PIXEL_METRICS = {"precision_pixels", "recall_pixels", "density_pixels", "coverage_pixels"}
 METRICS_OF = {

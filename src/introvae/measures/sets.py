@@ -48,11 +48,15 @@ NEIGHBOURS = ("precision", "recall", "density", "coverage")
 def spaces_of(data: ArrayData, asked: Sequence[FeatureSpace]) -> dict[str, tuple[FeatureSpace, bool]]:
     """The spaces to compare in by name, and whether by all metrics (or by the Fréchet distance alone).
 
+    Of the usual ones that is the last alone, the richest, so that a report says it once; neither `thumb`, which sees no
+    detail (of images under 8 pixels it is the pixels), nor `values`.
+
     Arguments:
         asked: spaces that the user asked for besides the usual ones.
     """
     usual = default_spaces(data.name, data.shape)
-    found = {name: (feature_space(name), name in classifier.CLASSIFIERS) for name in usual}
+    fully = {usual[-1]} & {*classifier.CLASSIFIERS, "randconv"}
+    found = {name: (feature_space(name), name in fully) for name in usual}
     return found | {space.name: (space, True) for space in asked}
 
 
