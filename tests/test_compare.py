@@ -41,7 +41,7 @@ from introvae.comparison.compare import compare
 from introvae.comparison.execute import FAILURE, Job, estimate, jobs, run_all, within
 from introvae.comparison.figures import moments, stability
 from introvae.comparison.plan import Cell, Comparison, from_file, from_words, list_comparisons
-from introvae.comparison.summary import collect, labels_of, run_result, to_markdown, to_text
+from introvae.comparison.summary import collect, labels_of, run_result, to_markdown, to_text, verdict
 from introvae.errors import DataError, InterruptedRunError
 from introvae.networks import build_network, network_for
 from introvae.training import loop
@@ -165,6 +165,7 @@ REFUSED = [
     pytest.param("[1, 2]", "has no sections", id="list"),
     pytest.param("", "has no sections", id="empty"),
     pytest.param("sections: {}", "has no sections", id="no-section"),
+    pytest.param("sections: {s: {data: digits, rows: {V: ''}, order: [W]}}", "order is", id="order"),
     pytest.param(broken("x"), "section sec", id="section-text"),
     pytest.param(broken({"data": "digits"}), "section sec", id="no-rows"),
     pytest.param(broken({"rows": ROWS}), "section sec", id="no-data"),
@@ -844,6 +845,17 @@ def test_a_table_of_hand_made_cells() -> None:
     text = to_text(result)
     assert text.startswith("S: density:8gaussians\nN.\n")
     assert len({len(line[: line.index("2 of 2")]) for line in text.splitlines() if "2 of 2" in line}) == 1
+
+
+def test_a_table_says_whether_the_published_order_holds() -> None:
+    distances = {"A": 3.0, "B": 1.0, "C": 2.0, "D": 0.5}
+    cells = [{"label": label, "metrics": {"frechet_mnist": {"mean": mean}}} for label, mean in distances.items()]
+    cells.append({"label": "E", "metrics": {}})
+    assert verdict(cells, ["B", "C", "E", "A"]) == (
+        "The published order of Fréchet (mnist), B, C, A, holds: B 1, C 2, A 3."
+    )
+    assert "A, B, does not hold: B 1, A 3" in verdict(cells, ["A", "B"])
+    assert verdict(cells, []) == verdict(cells, ["A", "E"]) == ""
 
 
 # --- what it costs

@@ -23,7 +23,7 @@ log = logging.getLogger("introvae")
 COMPARISONS = RECIPES / "compare"
 OWN = ("--seed", "--out", "--resume", "--evaluate", "--quiet", "--dry_run")
 """Options of fit that are not a row's."""
-KEYS = {"title", "data", "rows", "seeds", "note"}
+KEYS = {"title", "data", "rows", "seeds", "note", "order"}
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ class Section:
         title: above its table.
         cells: in the order in which they are run; a row's are found by label.
         note: below its title.
+        order: labels of rows as published, the one with the smallest Fréchet distance first.
     """
 
     key: str
     title: str
     cells: tuple[Cell, ...]
     note: str = ""
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,11 @@ def _section(key: str, block: Any, local: str | Path | None = None) -> Section:
             except ValueError as error:
                 raise ConfigError(f"section {key}: row {label!r} ({error}): give it as in a shell") from error
     _refuse_shared(cells)
-    return Section(key, str(block.get("title", key)), tuple(cells), str(block.get("note", "")))
+    order = block.get("order", [])
+    if not isinstance(order, list) or not set(map(str, order)) <= set(map(str, rows)):
+        raise ConfigError(f"section {key}: order is {order}: give a list of labels of its rows")
+    order = tuple(map(str, order))
+    return Section(key, str(block.get("title", key)), tuple(cells), str(block.get("note", "")), order)
 
 
 def _refuse(words: Sequence[str], more: Sequence[str], where: str) -> None:

@@ -22,7 +22,8 @@ from introvae.training.run import Run
 PLANE = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma")
 OTHERS = (
     *("psnr_db", "mse", "frechet_mnist", "frechet_cifar10", "frechet_randconv", "frechet_thumb", "frechet_values"),
-    *("recall_mnist", "recall_cifar10", "recall_pixels", "confident_share_mnist", "confident_share"),
+    *("precision_randconv", "recall_mnist", "recall_cifar10", "recall_randconv", "recall_pixels"),
+    *("confident_share_mnist", "confident_share"),
     *("adversary_awake", "gap_training_mode"),
 )
 TITLES = {
@@ -37,8 +38,10 @@ TITLES = {
     "frechet_randconv": "Fréchet (randconv)",
     "frechet_thumb": "Fréchet (thumb)",
     "frechet_values": "Fréchet (values)",
+    "precision_randconv": "precision (randconv)",
     "recall_mnist": "recall (mnist)",
     "recall_cifar10": "recall (cifar10)",
+    "recall_randconv": "recall (randconv)",
     "recall_pixels": "recall (pixels)",
     "confident_share_mnist": "sure (mnist)",
     "confident_share": "sure (pixels)",
@@ -134,7 +137,8 @@ def collect(
         for cell in section.cells:
             its = [job for job in found_jobs if job.cell == cell]
             cells.append(_cell(cell, its, costs or {}, before))
-        sections.append({"key": section.key, "title": section.title, "note": section.note, "cells": cells})
+        told = {"key": section.key, "title": section.title, "note": section.note, "order": list(section.order)}
+        sections.append({**told, "cells": cells})
     return {
         "title": plan.title,
         "date": date.today().isoformat(),
@@ -228,7 +232,7 @@ def columns_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
-    """Every section's tables: title, note and rows of text; the first row has the names of the columns."""
+    """Every section's tables: title, notes and rows of text; the first row has the names of the columns."""
     found = []
     for section in result["sections"]:
         for name in dict.fromkeys(cell["data"] for cell in section["cells"]):
@@ -241,7 +245,8 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, str, list[list[str]]]]:
                 shown = [f"{statistics.fmean(values):.3g}" if values else "" for values in floors.values()]
                 rows.append(["floor", "", *shown, "", "", "", ""])
             title = section["title"] if section["title"] == name else f"{section['title']}: {name}"
-            found.append((title, section["note"], rows))
+            notes = [section["note"], verdict(cells, section.get("order", ()))]
+            found.append((title, " ".join(note for note in notes if note), rows))
     return found
 
 
@@ -265,6 +270,25 @@ def _number(spread: Mapping[str, float]) -> str:
     if "std" not in spread:
         return f"{spread['mean']:.3g}"
     return f"{spread['mean']:.3g} ± {spread['std']:.2g}"
+
+
+def verdict(cells: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
+    """Whether the published order of the Fréchet distances is that of the means here; empty where nothing was published
+    or fewer than two of its rows were run.
+
+    Arguments:
+        cells: of one data set.
+        order: labels, the one with the smallest published distance first.
+    """
+    name = next((name for name in columns_of(cells) if name.startswith("frechet_")), None)
+    found = {cell["label"]: cell["metrics"].get(name, {}) for cell in cells}
+    ran = [label for label in order if found.get(label)]
+    if name is None or len(ran) < 2:
+        return ""
+    here = sorted(ran, key=lambda label: found[label]["mean"])
+    numbers = ", ".join(f"{label} {_number(found[label])}" for label in here)
+    holds = "holds" if here == ran else "does not hold"
+    return f"The published order of {TITLES[name]}, {', '.join(ran)}, {holds}: {numbers}."
 
 
 def to_text(result: Mapping[str, Any]) -> str:
