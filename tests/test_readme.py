@@ -65,6 +65,28 @@ def test_the_table_of_8_gaussians_is_that_of_the_results() -> None:
         assert int(changed) == cell["changed"]
 
 
+def test_the_table_of_mnist_is_that_of_the_results() -> None:
+    result = json.loads((ROOT / "benchmarks/results/images/comparison.json").read_text())
+    cells = {cell["label"].replace("-", ""): cell for cell in result["sections"][0]["cells"]}
+    table = README[README.index("| | PSNR, dB | Fréchet distance, `mnist`") :].split("\n\n")[0].splitlines()[2:]
+    *objectives, real = ([part.strip() for part in line.strip("|").split("|")] for line in table)
+    assert {label.strip("`") for label, *_ in objectives} == cells.keys()
+    for label, psnr, frechet, sure, recall, changed, seconds in objectives:
+        cell = cells[label.strip("`")]
+        spread = {name: (found["mean"], found.get("std", 0.0)) for name, found in cell["metrics"].items()}
+        assert cell["done"] == len(cell["runs"]) == 2
+        assert psnr == ("{:.1f} ± {:.1f}".format(*spread["psnr_db"]) if "psnr_db" in spread else ""), label
+        assert frechet == "{:.2f} ± {:.2f}".format(*spread["frechet_mnist"]), label
+        assert sure == f"{100 * spread['confident_share_mnist'][0]:.1f} %", label
+        assert recall == f"{spread['recall_mnist'][0]:.2f}", label
+        assert (int(changed), seconds) == (cell["changed"], f"{cell['seconds']['mean']:,.0f}"), label
+        assert spread.get("adversary_awake", (1.0,))[0] == 1, label
+        assert spread["gap_training_mode"][0] < 1e-6, label
+    floors = cells["SoftIntroVAE"]["floors"]
+    shown = (floors["frechet_mnist"], 100 * floors["confident_share_mnist"], floors["recall_mnist"])
+    assert real[2:5] == [f"{shown[0]:.2f}", f"{shown[1]:.1f} %", f"{shown[2]:.2f}"]
+
+
 def test_make_s_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
