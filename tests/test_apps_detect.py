@@ -186,6 +186,18 @@ def test_a_run_whose_data_are_gone_still_detects_where_it_is_told_what_is_normal
     assert command(*words, "--normal", home / "new" / "in", "--scores", "latent").code == 2
 
 
+@pytest.mark.parametrize(("images", "name"), [(".", "in"), ("..", "new"), ("../in/", "in")])
+def test_results_go_into_a_folder_named_after_the_images_wherever_these_are_named_from(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str, name: str
+) -> None:
+    shutil.copytree(home / "run", tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    monkeypatch.chdir(home / "new" / "in")
+    report = detect(tmp_path / "run", images, maps=0)
+    assert Path(report["folder"]) == tmp_path / "run" / "detect" / name
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
 def test_memory_does_not_grow_with_the_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than a batch of images is held."""
     seen: list[int] = []

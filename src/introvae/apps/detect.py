@@ -124,7 +124,9 @@ def detect(
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
     truth.check(found.names)
-    folder = Path(out) if out is not None else run.folder / "detect" / (Path(images).name or "images")
+    # The resolved path has a name where `.` and `..` have none: those would lead to the run's own report.
+    name = Path(images).expanduser().resolve().name or "images"
+    folder = Path(out) if out is not None else run.folder / "detect" / name
     report: dict[str, Any] = {
         "run": str(run.folder),
         "images": str(images),
