@@ -198,6 +198,54 @@ def test_results_go_into_a_folder_named_after_the_images_wherever_these_are_name
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
+def test_results_inside_the_images_folder_are_never_searched(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "new", tmp_path / "new")
+    (tmp_path / "new" / "found-later.png").write_bytes((home / "good" / "400.png").read_bytes())
+    out = tmp_path / "new" / "found"  # before most of the names
+    first = detect(home / "run", tmp_path / "new", normal=tmp_path / "new", maps=6, out=out)
+    rows = {row["file"]: row for row in table(out)}
+    assert "found-later.png" in rows
+    for entry in first["maps"]:
+        assert rows[entry["name"]]["neg_elbo"] == f"{entry['score']:.8g}"
+        with Image.open(out / entry["picture"]) as picture, Image.open(tmp_path / "new" / entry["name"]) as image:
+            if image.size == (16, 16):  # what it was brought to
+                assert np.array_equal(np.asarray(picture.convert("L"))[:, :16], np.asarray(image)), entry["name"]
+    second = detect(home / "run", tmp_path / "new", normal=tmp_path / "new", maps=6, out=out)
+    assert second["counts"] == first["counts"]
+    assert second["scores"] == first["scores"]  # what is normal was there, too
+
+
+def test_a_picture_shows_the_image_that_has_the_score_though_files_come_in_between(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(home / "new" / "out", tmp_path / "new")
+    draw = Judge.draw
+
+    def later(self: Judge, *words: Any) -> list[dict[str, Any]]:
+        for i in range(5):
+            shutil.copy(home / "good" / f"40{i}.png", tmp_path / "new" / f"000{i}.png")
+        return draw(self, *words)
+
+    monkeypatch.setattr(judging.Judge, "draw", later)
+    maps = detect(home / "run", tmp_path / "new", maps=3, out=tmp_path / "found")["maps"]
+    scores = {row["file"]: row["neg_elbo"] for row in table(tmp_path / "found")}
+    assert [f"{entry['score']:.8g}" for entry in maps] == [scores[entry["name"]] for entry in maps]
+    for entry in maps:
+        with Image.open(tmp_path / "found" / entry["picture"]) as picture:
+            shown = np.asarray(picture.convert("L"))[:, :16]
+        assert np.array_equal(shown, disc(int(entry["name"][:3]), square=True))
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "file"), [(".", ".", "a.png"), ("new/maps", "new", "a.png"), (".", "new", "a.parquet")]
+)
+def test_results_do_not_go_among_the_images(home: Path, tmp_path: Path, images: str, out: str, file: str) -> None:
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
+    (tmp_path / images / file).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"the results cannot go to .*, among the images of .*: give another folder"):
+        detect(home / "run", tmp_path / images, out=tmp_path / out)
+
+
 def test_memory_does_not_grow_with_the_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than a batch of images is held."""
     seen: list[int] = []

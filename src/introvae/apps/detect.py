@@ -17,6 +17,7 @@ import torch
 from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, Found, Judge, Normal, Usual
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
+from introvae.data.sources import holds_parquet
 from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.files import write_atomically
 from introvae.metrics.detection import Threshold, detection_metrics
@@ -30,6 +31,8 @@ DEFAULT = ("error", "kl", "neg_elbo", "latent")
 """Scores that cost one pass of the networks together; the others are named where they are wanted."""
 DECIDING = "neg_elbo"
 """The score whose threshold decides, where nobody says which."""
+MAPS = "maps"
+"""Where the heat maps are, in the folder of the results."""
 
 
 def detect(
@@ -76,7 +79,8 @@ def detect(
         batch_size: images at a time; by default what fits a fraction of a GiB.
         seed: of those latents.
         device: as for `evaluate`.
-        out: folder of the results, by default `detect/NAME` in the run's, after the images' folder.
+        out: folder of the results, by default `detect/NAME` in the run's, after the images' folder. What lies in it is
+            not searched.
 
     Returns:
         What stands in report.json: "run", "images", "normal": what was compared; "counts"; "scores": for each its
@@ -84,7 +88,8 @@ def detect(
         `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, each with value, interval, n and protocol; "folder".
 
     Raises:
-        ConfigError: an unknown score, or one that does not suit the data; a model of classes; numbers that will not do.
+        ConfigError: an unknown score, or one that does not suit the data; a model of classes; numbers that will not do;
+            results that would lie among the images.
         DataError: a source that cannot be read, labels or masks that fit no image, no image that can be scored.
 
     Example:
@@ -98,9 +103,9 @@ def detect(
     deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))
     one_of(HEATMAPS, heatmap=kind)
     _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
-    place = pick_device(device)
+    place, folder = pick_device(device), _folder(run, Path(images).expanduser(), out)
     try:
-        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place)
+        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place, folder)
     except DataError as error:
         # What nobody asked for and needs the run's data is left out where these are gone.
         if normal is None or (asked and "latent" in scores) or heatmap == LOCAL:
@@ -108,7 +113,7 @@ def detect(
         log.info("without the score latent and the heat map local: %s", error)
         scores = [name for name in scores if name != "latent"]
         kind = "residual" if heatmap is None else heatmap
-        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place)
+        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place, folder)
     truth = Truth.read(labels, masks, judge.model)
     started = time.perf_counter()
     batches = judge.read(images)
@@ -124,9 +129,6 @@ def detect(
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
     truth.check(found.names)
-    # The resolved path has a name where `.` and `..` have none: those would lead to the run's own report.
-    name = Path(images).expanduser().resolve().name or "images"
-    folder = Path(out) if out is not None else run.folder / "detect" / name
     report: dict[str, Any] = {
         "run": str(run.folder),
         "images": str(images),
@@ -146,7 +148,7 @@ def detect(
     write_table(folder / "scores.csv", found, thresholds, normals, deciding)
     if usual is not None and maps:
         report["heatmap"] = kind
-        report["maps"] = judge.draw(images, found, deciding, maps, usual.full, folder / "maps")
+        report["maps"] = judge.draw(images, found, deciding, maps, usual.full, folder / MAPS)
     from introvae.apps.detection_page import write_page
 
     write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
@@ -188,6 +190,18 @@ def _check(
     positive(draws=draws, **({} if batch_size is None else {"batch_size": batch_size}))
     whole(maps=maps, draws=draws, **({} if batch_size is None else {"batch_size": batch_size}))
     checked_seed(seed)
+
+
+def _folder(run: Run, images: Path, out: str | Path | None) -> Path:
+    """Where the results go."""
+    # The resolved path has a name where `.` and `..` have none: those would lead to the run's own report.
+    source = images.resolve()
+    folder = run.folder / "detect" / (source.name or "images") if out is None else Path(out)
+    place = folder.resolve()
+    # A folder in the images' folder is left out when these are read; pictures beside Parquet files hide them.
+    if source in (place, place / MAPS) or (source in place.parents and holds_parquet(source)):
+        raise ConfigError(f"the results cannot go to {folder}, among the images of {images}: give another folder")
+    return folder
 
 
 def _about(name: str, threshold: Threshold) -> dict[str, Any]:

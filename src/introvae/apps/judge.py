@@ -102,7 +102,7 @@ class Normal:
 
 
 class Judge:
-    """A run's model, and all that its scores need."""
+    """A run's model, and all that its scores need; what lies in the folder `without` is never read."""
 
     def __init__(
         self,
@@ -114,6 +114,7 @@ class Judge:
         seed: int,
         batch_size: int | None,
         device: torch.device,
+        without: Path | None = None,
     ) -> None:
         self.config, self.model = run.config(), run.model().to(device).eval()
         if self.config.objective.encodes == "nothing":
@@ -125,6 +126,7 @@ class Judge:
         if self.model.shape is None:
             raise ConfigError("the model was not built from a registered network: its shape is not known")
         self.scores, self.map, self.seed, self.device = scores, heatmap, seed, device
+        self.without = without
         self.pictures = len(self.model.shape) == 3
         self.batch_size = batch_size or at_once(self.model.shape)
         self.preparation = preparation_from(self.model.config["data"]) if self.model.config else None
@@ -175,7 +177,7 @@ class Judge:
     def read(self, source: str | Path) -> Iterator[list[Reading]]:
         """Everything of a source, a batch at a time; what has another shape than the model's is without an image."""
         batch: list[Reading] = []
-        for reading in each(source, self.preparation):
+        for reading in each(source, self.preparation, self.without):
             if reading.x is not None and tuple(reading.x.shape) != self.model.shape:
                 reason = f"has shape {tuple(reading.x.shape)}, the model takes {self.model.shape}"
                 reading = Reading(reading.name, None, reason, reading.label)
@@ -257,19 +259,22 @@ class Judge:
     ) -> list[dict[str, Any]]:
         """Pictures of the images with the highest scores: image, reconstruction, heat."""
         able = [row for row, reason in enumerate(found.reasons) if not reason]
-        ranks = {row: rank for rank, row in enumerate(sorted(able, key=lambda i: -found.scores[deciding][i])[:number])}
+        highest = sorted(able, key=lambda i: -found.scores[deciding][i])[:number]
+        # By name: files may have come or gone since the images were scored.
+        ranks = {found.names[row]: rank for rank, row in enumerate(highest)}
         told: dict[int, dict[str, Any]] = {}
-        for row, reading in enumerate(reading for batch in self.read(images) for reading in batch):
-            if row not in ranks or reading.x is None:
+        for reading in (reading for batch in self.read(images) for reading in batch):
+            if reading.name not in ranks or reading.x is None:
                 continue
+            rank = ranks[reading.name]
             x = reading.x[None].to(self.device)
             heat = overlay(x.cpu(), self.heat(x), top)[0]
             three = [part.expand(3, -1, -1) for part in (x[0].cpu(), self.model.reconstruct(x)[0].cpu(), heat)]
-            path = folder / f"{ranks[row]:04d}_{_plain(reading.name)}.png"
+            path = folder / f"{rank:04d}_{_plain(reading.name)}.png"
             save_picture(to_pil(torch.cat(three, dim=2)), path)
-            told[ranks[row]] = {
+            told[rank] = {
                 "name": reading.name,
-                "score": found.scores[deciding][row],
+                "score": found.scores[deciding][highest[rank]],
                 "picture": f"{folder.name}/{path.name}",
             }
         return [told[rank] for rank in sorted(told)]

@@ -40,7 +40,9 @@ class Reading:
     label: str | int | None = None
 
 
-def each(source: str | Path, preparation: Preparation | TablePreparation | None) -> Iterator[Reading]:
+def each(
+    source: str | Path, preparation: Preparation | TablePreparation | None, without: Path | None = None
+) -> Iterator[Reading]:
     """Everything that a source holds, in a stable order: files by name, rows of tables and arrays as they come.
 
     A folder or a single file is read a few pictures at a time, so that millions need no memory, and what cannot be used
@@ -50,6 +52,7 @@ def each(source: str | Path, preparation: Preparation | TablePreparation | None)
     Arguments:
         source: as `--data` takes it.
         preparation: the model's, so that pictures are prepared as those it was trained on.
+        without: a folder whose files are left out, as if they were not there.
 
     Raises:
         DataError: the source is unknown or cannot be opened.
@@ -61,7 +64,7 @@ def each(source: str | Path, preparation: Preparation | TablePreparation | None)
     """
     path = Path(source).expanduser()
     if isinstance(preparation, Preparation) and _holds_files(path):
-        yield from _files(path, preparation)
+        yield from _files(path, preparation, without)
         return
     if isinstance(preparation, TablePreparation) and is_table(path):
         yield from _rows(Part(read_rows(path, preparation)))
@@ -103,14 +106,17 @@ def _holds_files(path: Path) -> bool:
     return (path.is_file() and path.suffix.lower() not in arrays) or (path.is_dir() and not holds_parquet(path))
 
 
-def _files(path: Path, preparation: Preparation) -> Iterator[Reading]:
+def _files(path: Path, preparation: Preparation, without: Path | None) -> Iterator[Reading]:
     options = DataOptions(axis=preparation.axis, slices=preparation.slices)
     source = FolderSource(path, options)
+    whole, part = path.resolve(), without.resolve() if without is not None else None
+    inside = f"{part.relative_to(whole).as_posix()}/" if part is not None and whole in part.parents else None
+    wanted = (item for item in source.items() if inside is None or not item.name.startswith(inside))
 
     def read(items: Sequence[Item]) -> list[Result]:
         return [read_item(item, options, preparation) for item in items]
 
-    items = iter(sorted(source.items(), key=lambda item: item.name))
+    items = iter(sorted(wanted, key=lambda item: item.name))
     with strict_pillow():
         for item, found in ordered(read, items):
             for name, image in found or [(item.name, "holds no picture")]:
