@@ -236,6 +236,19 @@ def test_a_picture_shows_the_image_that_has_the_score_though_files_come_in_betwe
         assert np.array_equal(shown, disc(int(entry["name"][:3]), square=True))
 
 
+@pytest.mark.parametrize("maps", [2, 0])
+def test_heat_maps_of_an_earlier_search_go_and_other_files_stay(home: Path, tmp_path: Path, maps: int) -> None:
+    detect(home / "run", home / "new" / "in", maps=5, out=tmp_path)
+    for name in ("notes.txt", "mine.png", "0001.png", "0001_a b.png"):
+        (tmp_path / "maps" / name).write_bytes(b"")
+    report = detect(home / "run", home / "new" / "out", maps=maps, out=tmp_path)
+    drawn = {Path(entry["picture"]).name for entry in report.get("maps", [])}
+    assert len(drawn) == maps
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {
+        *drawn, "notes.txt", "mine.png", "0001.png", "0001_a b.png"
+    }
+
+
 @pytest.mark.parametrize(
     ("images", "out", "file"), [(".", ".", "a.png"), ("new/maps", "new", "a.png"), (".", "new", "a.parquet")]
 )

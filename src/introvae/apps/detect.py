@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, Found, Judge, Normal, Usual
+from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, PICTURE, Found, Judge, Normal, Usual
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
 from introvae.data.sources import holds_parquet
@@ -80,7 +80,7 @@ def detect(
         seed: of those latents.
         device: as for `evaluate`.
         out: folder of the results, by default `detect/NAME` in the run's, after the images' folder. What lies in it is
-            not searched.
+            not searched, and the results of an earlier search there are replaced.
 
     Returns:
         What stands in report.json: "run", "images", "normal": what was compared; "counts"; "scores": for each its
@@ -146,6 +146,9 @@ def detect(
         "metrics": _metrics(found, scores, pixels, usual),
     }
     write_table(folder / "scores.csv", found, thresholds, normals, deciding)
+    for old in (folder / MAPS).glob("*.png"):  # of an earlier search into this folder
+        if PICTURE.fullmatch(old.name):
+            old.unlink()
     if usual is not None and maps:
         report["heatmap"] = kind
         report["maps"] = judge.draw(images, found, deciding, maps, usual.full, folder / MAPS)

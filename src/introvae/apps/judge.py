@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +40,8 @@ LOCAL = "local"
 HEATMAPS = (LOCAL, *MAPS)
 PLACES = 2_000
 """At most so many training images tell it."""
+PICTURE = re.compile(r"\d{4,}_[\w-]{0,60}\.png")
+"""Names of the pictures that `Judge.draw` writes: the rank, and what is left of the image's name."""
 MAPPED = 256
 """Normal images whose heat those quantiles are of."""
 
