@@ -68,7 +68,7 @@ class Scorer:
         self.beta_rec, self.beta_kl = betas_of(objective)
         self.known = Mahalanobis(model.latent_dim)
         self.known.update(latents(model, train))
-        self.names = [name for name in scores_for(tuple(train.shape[1:])) if objective.encodes != "nothing"]
+        self.names = scores_for(tuple(train.shape[1:]), objective.encodes)
 
     def __call__(self, x: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         return score_images(

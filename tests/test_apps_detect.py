@@ -245,7 +245,11 @@ def test_heat_maps_of_an_earlier_search_go_and_other_files_stay(home: Path, tmp_
     drawn = {Path(entry["picture"]).name for entry in report.get("maps", [])}
     assert len(drawn) == maps
     assert {path.name for path in (tmp_path / "maps").iterdir()} == {
-        *drawn, "notes.txt", "mine.png", "0001.png", "0001_a b.png"
+        *drawn,
+        "notes.txt",
+        "mine.png",
+        "0001.png",
+        "0001_a b.png",
     }
 
 
@@ -271,6 +275,20 @@ def test_memory_does_not_grow_with_the_folder(home: Path, tmp_path: Path, monkey
     monkeypatch.setattr(judging.Judge, "score", counted)
     detect(home / "run", home / "new", batch_size=4, maps=0, out=tmp_path)
     assert max(seen) == 4
+
+
+def test_an_encoder_without_a_posterior_decides_by_the_error(home: Path, tmp_path: Path, refused: Refused) -> None:
+    words = ["--network", "mlp", "--latent-dim", 4, "--out", tmp_path / "run"]
+    assert call("fit", "--data", home / "good", "--objective", "AGE", *TRAIN, "--steps", 4, *words) == 0
+    report = detect(tmp_path / "run", home / "new" / "in", out=tmp_path / "found")
+    assert report["scores"].keys() == {"error", "latent"}
+    assert (report["deciding"], report["heatmap"]) == ("error", "local")
+    search = ("detect", tmp_path / "run", "--images", home / "new" / "in")
+    for name in ("kl", "neg_elbo", "neg_log_likelihood", "complexity"):
+        said = refused(*search, "--scores", f"error,{name},latent")
+        assert f"objective AGE, which leaves the log-variance untrained, so that {name} would mean nothing" in said
+    for name in ("latent", "combined"):
+        assert f"so that the heat map {name} would mean nothing: leave" in refused(*search, "--map", name)
 
 
 def test_rows_of_a_table_are_scored(command: Command, tmp_path: Path) -> None:

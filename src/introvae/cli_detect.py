@@ -35,7 +35,7 @@ def detect(words: list[str]) -> None:
     parser.add_argument("--normal", help="what is normal, for the thresholds (default: what the run held out)")
     parser.add_argument("--labels", help="a CSV of file names and labels, 0 normal and 1 anomalous")
     parser.add_argument("--masks", help="a folder with masks of the anomalous pixels, named as the images")
-    parser.add_argument("--scores", help=f"joined by commas (default: {DEFAULT})")
+    parser.add_argument("--scores", help=f"joined by commas (default: {DEFAULT}; of AGE: error,latent)")
     parser.add_argument("--by", help="the score that decides (default: neg_elbo, or the first)")
     parser.add_argument("--rate", type=float, default=0.05, help="share of false alarms allowed (default: 0.05)")
     parser.add_argument("--maps", type=int, default=24, help="how many heat maps, of the highest (default: 24)")

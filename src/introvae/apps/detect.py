@@ -67,7 +67,8 @@ def detect(
         labels: a CSV of file names and 0 (normal) or 1 (anomalous); see `read_labels`.
         masks: a folder with masks of the anomalous pixels; see `Masks`. Without labels, an image with a mask is
             anomalous and any other normal.
-        scores: names from `SCORES`; by default `DEFAULT`, without `latent` where the run's data are not there any more.
+        scores: names from `SCORES`; by default `DEFAULT`, without `latent` where the run's data are not there any more,
+            and without those that need a posterior where the objective trains none (AGE).
         deciding: the score whose threshold makes the column `anomalous`; by default `neg_elbo`, or the first of them.
         false_positive_rate: share of normal images that may be called anomalous.
         maps: heat maps are drawn for so many images with the highest deciding scores.
@@ -88,8 +89,8 @@ def detect(
         `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, each with value, interval, n and protocol; "folder".
 
     Raises:
-        ConfigError: an unknown score, or one that does not suit the data; a model of classes; numbers that will not do;
-            results that would lie among the images.
+        ConfigError: an unknown score, or one that does not suit the data or the objective; a model of classes; numbers
+            that will not do; results that would lie among the images.
         DataError: a source that cannot be read, labels or masks that fit no image, no image that can be scored.
 
     Example:
@@ -97,7 +98,10 @@ def detect(
         'runs/mine/detect/inbox'
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    asked, scores = scores is not None, list(DEFAULT if scores is None else scores)
+    asked, encodes = scores is not None, run.config().objective.encodes
+    if scores is None:
+        scores = [name for name in DEFAULT if encodes == "posterior" or "posterior" not in SCORES[name].needs]
+    scores = list(scores)
     kind = LOCAL if heatmap is None else heatmap
     mapped = bool(maps) or masks is not None
     deciding = deciding or (DECIDING if DECIDING in scores else next(iter(scores), DECIDING))

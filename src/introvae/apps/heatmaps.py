@@ -111,6 +111,8 @@ def combined_map(
 
 MAPS: dict[str, Callable[..., Tensor]] = {"residual": residual_map, "latent": latent_map, "combined": combined_map}
 """The maps by name."""
+OF_POSTERIOR = ("latent", "combined")
+"""Those that mean nothing where the encoder's log-variance is untrained (`Objective.encodes`)."""
 
 
 def _residual(model: IntrospectiveVAE, x: Tensor, condition: Tensor | int | str | None) -> tuple[Tensor, ...]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.heatmaps import MAPS, OF_POSTERIOR, overlay
 from introvae.apps.local_map import LocalMap
-from introvae.apps.scores import score_images
+from introvae.apps.scores import SCORES, score_images
 from introvae.apps.truth import Truth
 from introvae.data import ArrayData, Data, preparation_from
 from introvae.data.each import Reading, each
@@ -120,14 +120,21 @@ class Judge:
         without: Path | None = None,
     ) -> None:
         self.config, self.model = run.config(), run.model().to(device).eval()
-        if self.config.objective.encodes == "nothing":
-            raise ConfigError(
-                f"{run.folder} is a {type(self.config.objective).__name__}'s, without posteriors: give a VAE's"
-            )
+        kind, encodes = type(self.config.objective).__name__, self.config.objective.encodes
+        if encodes == "nothing":
+            raise ConfigError(f"{run.folder} is a {kind}'s, without posteriors: give a VAE's")
         if self.model.classes is not None:
             raise ConfigError(f"{run.folder} is a model of classes, which would have to be known: give one without")
         if self.model.shape is None:
             raise ConfigError("the model was not built from a registered network: its shape is not known")
+        if encodes == "mode":
+            meaningless = [name for name in scores if "posterior" in SCORES[name].needs]
+            meaningless += [f"the heat map {heatmap}"] if heatmap in OF_POSTERIOR else []
+            if meaningless:
+                raise ConfigError(
+                    f"{run.folder} is of the objective {kind}, which leaves the log-variance untrained, so that "
+                    f"{', '.join(meaningless)} would mean nothing: leave them out"
+                )
         self.scores, self.map, self.seed, self.device = scores, heatmap, seed, device
         self.without = without
         self.pictures = len(self.model.shape) == 3

@@ -144,7 +144,8 @@ class Score:
         meaning: what it is, in one line.
         unit: what it is counted in.
         function: from a look at N images to their scores `[N]`.
-        needs: what it cannot do without: "images" (no vectors), "features" or "latents" of the settings.
+        needs: what it cannot do without: "images" (no vectors), "features" or "latents" of the settings, "posterior"
+            (an encoder whose log-variance is trained, see `Objective.encodes`).
     """
 
     name: str
@@ -182,19 +183,26 @@ def _latent(look: Look) -> Tensor:
 
 
 _ALL = (
-    Score("neg_elbo", "-ELBO with z at the posterior's mode: beta_rec * error + beta_kl * KL", "loss", _neg_elbo),
+    Score(
+        "neg_elbo",
+        "-ELBO with z at the posterior's mode: beta_rec * error + beta_kl * KL",
+        "loss",
+        _neg_elbo,
+        ("posterior",),
+    ),
     Score(
         "error",
         "squared error of the reconstruction, summed over all values",
         "squared values",
         lambda look: look.error,
     ),
-    Score("kl", "KL of the posterior from the prior N(0, I)", "nats", lambda look: look.kl),
+    Score("kl", "KL of the posterior from the prior N(0, I)", "nats", lambda look: look.kl, ("posterior",)),
     Score(
         "neg_log_likelihood",
         "-log p(x), importance-sampled from the posterior, with a Gaussian around the decoder's output",
         "nats",
         lambda look: look.neg_log_likelihood,
+        ("posterior",),
     ),
     Score(
         "perceptual",
@@ -208,7 +216,7 @@ _ALL = (
         "-log2 p(x) of the 8-bit image less the length of its PNG file: likelihood against complexity",
         "bits",
         _complexity,
-        ("images",),
+        ("images", "posterior"),
     ),
     Score("latent", "distance of the posterior's mean from normal data's latents", "distance", _latent, ("latents",)),
 )
@@ -216,14 +224,21 @@ SCORES: dict[str, Score] = {score.name: score for score in _ALL}
 """The scores by name."""
 
 
-def scores_for(shape: tuple[int, ...]) -> list[str]:
+def scores_for(shape: tuple[int, ...], encodes: str = "posterior") -> list[str]:
     """Names of the scores that data of a shape, (C, H, W) or (D,), can have.
+
+    Arguments:
+        shape: of one sample.
+        encodes: what the encoder gives: a "posterior", or its "mode" alone (`Objective.encodes`).
 
     Example:
         >>> scores_for((2,))
         ['neg_elbo', 'error', 'kl', 'neg_log_likelihood', 'latent']
+        >>> scores_for((2,), encodes="mode")
+        ['error', 'latent']
     """
-    return [name for name, score in SCORES.items() if len(shape) == 3 or "images" not in score.needs]
+    missing = {*(["images"] if len(shape) != 3 else []), *(["posterior"] if encodes != "posterior" else [])}
+    return [name for name, score in SCORES.items() if missing.isdisjoint(score.needs)]
 
 
 @torch.no_grad()
