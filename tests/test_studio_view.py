@@ -170,6 +170,16 @@ def test_uploads_that_are_no_images(view: View, tmp_path: Path, kind: str) -> No
     assert ("6,000 x 5,000" in message) == (kind == "huge")
 
 
+def test_of_an_encoder_without_a_posterior_nothing_is_shown_that_needs_one(tmp_path: Path) -> None:
+    words = {"network": "tiny-conv", "latent_dim": 4, "steps": 2, "batch_size": 8, "out": str(tmp_path / "age")}
+    view = View(fit(data="digits", objective="AGE", **words).folder)
+    seen = view.seen(Source("held-out", number=3))
+    assert [score.name for score, _, _ in seen.scores] == ["error"]
+    for heat in ("latent", "combined"):
+        with pytest.raises(ConfigError, match=f"the map {heat} means nothing of age, which trains no posterior"):
+            view.seen(Source("held-out", number=3), heat)
+
+
 def test_an_unknown_kind_of_image(view: View) -> None:
     with pytest.raises(ConfigError, match="kind"):
         view.image(Source("moon"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from introvae.apps.directions import Direction
 from introvae.apps.explore import Batch, Condition, active_dimensions, batches, decoded, latents, nearest_images, ways
-from introvae.apps.heatmaps import MAPS, overlay
+from introvae.apps.heatmaps import MAPS, OF_POSTERIOR, overlay
 from introvae.apps.judge import HEATMAPS, LOCAL, PLACES, betas_of
 from introvae.apps.local_map import LocalMap
 from introvae.apps.scores import SCORES, Score, score_images
@@ -55,7 +55,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 """Of uploads; Pillow reads many more, some by other programs."""
 MOST_SAMPLES = 256
 SHOWN_SCORES = ("neg_elbo", "error", "kl")
-"""Scores that need nothing but the image, and take no time."""
+"""Scores that need nothing but the image, and take no time; where no posterior is trained, those that need none."""
 COMPARED = 512
 """So many held-out images tell what is usual."""
 HOT = 0.999
@@ -161,7 +161,9 @@ class View:
         if shape is None or len(shape) != 3:
             raise ConfigError(f"{source} has samples of shape {shape}, no images: look at them with introvae sample")
         self.shape = shape
-        self.encodes = self.run is None or self.run.config().objective.encodes != "nothing"
+        encodes = "posterior" if self.run is None else self.run.config().objective.encodes
+        self.encodes, self.posterior = encodes != "nothing", encodes == "posterior"
+        self.scores = [name for name in SHOWN_SCORES if self.posterior or "posterior" not in SCORES[name].needs]
         self.directions = {Path(path).stem: Direction.load(path, self.model) for path in directions}
         for path in sorted(folder.glob("*.safetensors")) if self.run is not None else []:
             try:
@@ -302,11 +304,14 @@ class View:
             heat: kind of heat map: "local", "residual", "latent" or "combined", as in `introvae detect`.
 
         Raises:
-            ConfigError: the run's encoder gives no latents; an unknown map or class.
+            ConfigError: the run's encoder gives no latents, or no posterior for a map that needs one; an unknown map or
+                class.
             DataError: as in `image`.
         """
         one_of(HEATMAPS, heat=heat)
         self.check_encodes()
+        if heat in OF_POSTERIOR and not self.posterior:
+            raise ConfigError(f"the map {heat} means nothing of {self.name}, which trains no posterior: choose another")
         x, of = self.image(source)[None], self._condition(source.label, 1)
         z = latents(self.model, x, of)
         usual = self.usual
@@ -320,7 +325,7 @@ class View:
 
     def _scores(self, x: Tensor, condition: Condition) -> dict[str, Tensor]:
         beta_rec, beta_kl = betas_of(self.run.config().objective) if self.run is not None else (1.0, 1.0)
-        return score_images(self.model, x, SHOWN_SCORES, beta_rec=beta_rec, beta_kl=beta_kl, condition=condition)
+        return score_images(self.model, x, self.scores, beta_rec=beta_rec, beta_kl=beta_kl, condition=condition)
 
     @property
     def usual(self) -> Usual:
