@@ -410,6 +410,27 @@ def test_labels_and_masks_of_other_images_are_refused(home: Path, tmp_path: Path
         detect(home / "run", tmp_path / "none", out=tmp_path / "x")
 
 
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_of_one_kind_of_pixel_leave_the_pixels_metrics_out(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: int
+) -> None:
+    """The labels know of anomalies, so that everything else is measured."""
+    (tmp_path / "masks" / "out").mkdir(parents=True)
+    for i in range(300, 312):
+        Image.new("L", (16, 16), value).save(tmp_path / "masks" / "out" / f"{i}.png")
+    images = shutil.copytree(home / "new" / "out", tmp_path / "new" / "out")
+    if not value:
+        shutil.copytree(home / "new" / "in", images.parent / "in")
+    with caplog.at_level("INFO", "introvae"):
+        report = detect(
+            home / "run", images.parent, labels=home / "labels.csv", masks=tmp_path / "masks", maps=0, out=tmp_path
+        )
+    assert not {"pixel_auroc", "dice", "best_dice"} & report["metrics"].keys()
+    assert "without the pixels' metrics: the masks need both" in caplog.text
+    assert ("auroc_error" in report["metrics"]) == (not value)
+    assert ("without AUROC and the like" in caplog.text) == bool(value)
+
+
 def test_a_density_has_nothing_held_out(command: Command, tmp_path: Path) -> None:
     said = command("fit", "--data", "density:rings", *TRAIN, "--steps", 2, "--out", tmp_path / "run")
     assert said.code == 0, said.err

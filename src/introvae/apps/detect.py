@@ -239,8 +239,12 @@ def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usu
                 "n": len(normal) + len(anomalous),
                 "protocol": protocol,
             }
+    if any(known is not None for known in found.truth) and not told:
+        log.info("without AUROC and the like: they need images of both kinds, normal and anomalous, that were scored")
     n = sum(not reason for reason in found.reasons)
-    if pixels is not None and any(found.truth):
+    if pixels is not None and not pixels.both:
+        log.info("without the pixels' metrics: the masks need both, marked pixels and others")
+    elif pixels is not None:
         best = pixels.best_dice
         told["pixel_auroc"] = {"value": pixels.auroc, "n": n, "protocol": f"heat of all pixels of {n} images"}
         how = f"heat above {best.threshold:.4g}, the best threshold for these very images"

@@ -72,6 +72,11 @@ class PixelCurve:
         self.counts.view(-1).index_add_(0, places, torch.ones_like(places))
 
     @property
+    def both(self) -> bool:
+        """Whether there are marked and unmarked pixels, as the metrics need."""
+        return bool((self.counts.sum(dim=1) > 0).all())
+
+    @property
     def auroc(self) -> float:
         """Probability that a marked pixel scores higher than an unmarked one.
 
