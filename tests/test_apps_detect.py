@@ -16,11 +16,14 @@ from PIL import Image
 from commands import Command, Refused, call
 from introvae import ConfigError, DataError, Run, cli_detect
 from introvae.apps import judge as judging
+from introvae.apps import truth
 from introvae.apps.detect import DEFAULT, detect
 from introvae.apps.judge import Judge
 from introvae.apps.scores import SCORES
-from introvae.apps.truth import read_labels
+from introvae.apps.truth import Masks, read_labels
+from introvae.data import Preparation
 from introvae.data.each import each
+from introvae.data.scans import slices
 from introvae.metrics.detection import detection_metrics
 from introvae.training.devices import pick_device
 
@@ -429,6 +432,97 @@ def test_masks_of_one_kind_of_pixel_leave_the_pixels_metrics_out(
     assert "without the pixels' metrics: the masks need both" in caplog.text
     assert ("auroc_error" in report["metrics"]) == (not value)
     assert ("without AUROC and the like" in caplog.text) == bool(value)
+
+
+GRID = (10, 12, 14)
+"""Voxels of a scan to the right, to the front, upwards; slices are axial."""
+
+
+def scan(path: Path, values: np.ndarray, spacing: tuple[int, int, int] = (1, 1, 1)) -> Path:
+    nibabel = pytest.importorskip("nibabel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag((*spacing, 1))), path)
+    return path
+
+
+def test_masks_of_scans_are_volumes_or_pictures_of_slices(home: Path, tmp_path: Path) -> None:
+    images, masks = tmp_path / "scans", tmp_path / "masks"
+    for i in range(4):
+        head = np.random.default_rng(i).integers(100, 900, GRID).astype(np.int16)
+        scan(images / f"s{i}.nii.gz", head)
+    lesion = np.zeros(GRID, np.int16)
+    lesion[2:6, 3:6, 4:7] = 1
+    lesion[2:4, 3:5, 6] = 4  # another label, as tumours have
+    scan(masks / "s0.nii", lesion)
+    scan(masks / "s1_mask.nii.gz", (lesion > 0) * np.float32(0.7) + np.float32(0.1))  # probabilities
+    Image.new("L", GRID[:2], 255).save(masks / "s2.nii.gz slice 3.png")
+    words = ["--size", 16, "--fit", "stretch", "--network", "mlp", "--latent-dim", 2, "--out", tmp_path / "run"]
+    assert call("fit", "--data", images, *TRAIN, "--steps", 2, *words) == 0
+    report = detect(tmp_path / "run", images, normal=images, masks=masks, maps=1, out=tmp_path / "found")
+    rows = table(tmp_path / "found")
+    assert [row["file"] for row in rows] == [f"s{i}.nii.gz slice {n}" for i in range(4) for n in range(14)]
+    marked = {row["file"] for row in rows if row["label"] == "1"}
+    assert marked == {f"s{i}.nii.gz slice {n}" for i in (0, 1) for n in (4, 5, 6)} | {"s2.nii.gz slice 3"}
+    assert "pixel_auroc" in report["metrics"]
+
+
+def masks_of(folder: Path, size: tuple[int, int], **settings: Any) -> Masks:
+    return Masks(folder, Preparation(size, 1, "stretch", **settings))
+
+
+def test_a_volume_of_labels_is_read_once_and_marks_all_that_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros(GRID, np.uint8)
+    labels[1:3, 2:9, 5] = 1
+    labels[6, 7, 5] = 4
+    scan(tmp_path / "a" / "t1_mask.nii.gz", labels)
+    read: list[Path] = []
+
+    def counted(name: str, path: Path, *words: Any) -> Any:
+        read.append(path)
+        return slices(name, path, *words)
+
+    monkeypatch.setattr(truth, "slices", counted)
+    masks = masks_of(tmp_path, (12, 10), slices="4:7")
+    for n in (4, 5, 6):
+        upright = np.rot90(labels[:, :, n]) > 0
+        assert np.array_equal(masks.of(f"a/t1.nii.gz slice {n}").numpy(), upright)
+    assert len(read) == 1
+    assert not masks.of("t1.nii.gz slice 5").any()
+    with pytest.raises(DataError, match=r"t1_mask\.nii\.gz has nothing for a/t1\.nii\.gz slice 9: give a volume"):
+        masks.of("a/t1.nii.gz slice 9")
+
+
+def test_thin_voxels_of_a_label_do_not_grow_when_they_are_made_square(tmp_path: Path) -> None:
+    labels = np.zeros(GRID, np.int16)
+    labels[4, 5, 0] = 7
+    scan(tmp_path / "t1.nii", labels, (1, 3, 1))
+    found = masks_of(tmp_path, (36, 10)).of("t1.nii slice 0")
+    assert found.sum() == 3
+    assert found[:, 4].sum() == 3
+
+
+@pytest.mark.parametrize("values", [np.uint16(40_000), np.uint16(1), np.int32(70_000), np.float32(0.3)])
+def test_masks_of_more_than_8_bits_are_read_by_their_own_brightest(tmp_path: Path, values: Any) -> None:
+    square = np.zeros((8, 8), values.dtype)
+    square[2:5, 1:4] = values
+    Image.fromarray(square).save(tmp_path / "a.tif")
+    Image.fromarray(square * 0).save(tmp_path / "b.tif")
+    masks = masks_of(tmp_path, (8, 8), window=(0.0, 500.0))
+    assert np.array_equal(masks.of("a.png").numpy(), square > 0)
+    assert not masks.of("b.png").any()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.nii"])
+def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    if name == "a.nii":
+        scan(tmp_path / name, np.zeros((*GRID, 2), np.int16))
+    else:
+        (tmp_path / name).write_bytes(b"no picture")
+    image = name if name == "a.png" else f"{name} slice 0"
+    with pytest.raises(DataError, match=rf"the mask .*{name} cannot be read: "):
+        masks_of(tmp_path, (8, 8)).of(image)
 
 
 def test_a_density_has_nothing_held_out(command: Command, tmp_path: Path) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from introvae.data import preparation_from
-from introvae.data.images import read_one
-from introvae.data.preparation import Preparation
-from introvae.errors import ConfigError, DataError
+from introvae.data.images import strict_pillow
+from introvae.data.options import DataOptions
+from introvae.data.preparation import DEEP_MODES, Preparation, deep_values
+from introvae.data.scans import is_scan, scan_of, slices
+from introvae.data.sources import Item, opened
+from introvae.data.survey import reason_of
+from introvae.errors import ConfigError, DataError, MissingExtraError
 from introvae.model import IntrospectiveVAE
 
 log = logging.getLogger("introvae")
@@ -62,7 +69,12 @@ class Masks:
     """Masks of the anomalous pixels, one file for each anomalous image; an image without one has none.
 
     A mask lies in the folder where its image lies in the images' folder, with the same name up to the suffix, or with
-    `_mask` after it. Pixels above half of the mask's brightest are anomalous, so 0 and 1 will do as well as 0 and 255.
+    `_mask` after it. Pixels above half of the mask's brightest are anomalous, so 0 and 1 will do as well as 0 and 255
+    or 65,535.
+
+    The mask of a scan is a NIfTI volume on the scan's grid. If it holds whole numbers they are labels, and all above 0
+    are anomalous; else voxels above half of its largest value are. A single slice may have a picture instead, which has
+    the slice's whole name: `t1.nii.gz slice 12.png`.
 
     Arguments:
         folder: of the masks.
@@ -76,31 +88,80 @@ class Masks:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DataError(f"there is no folder {folder}: give the one with the masks")
-        # A mask is black and white already, and must not be stretched to a window of grey values.
-        self.preparation = dataclasses.replace(preparation, channels=1, percentiles=None, window=None)
+        # Not to be stretched to the images' window of grey values: each mask has its own, from 0 to its brightest.
+        self.preparation = dataclasses.replace(preparation, channels=1, percentiles=(0.0, 100.0), window=None)
+        self.options = DataOptions(axis=preparation.axis, slices=preparation.slices)
         self.files: dict[str, Path] = {}
         for file in sorted(self.folder.rglob("*")):
             if file.is_file() and not file.name.startswith("."):
-                key = file.relative_to(self.folder).with_suffix("").as_posix().removesuffix("_mask")
+                key = _key(file.relative_to(self.folder).as_posix(), "_mask")
                 if self.files.setdefault(key, file) != file:
                     raise DataError(f"{file} and {self.files[key]} are masks of the same image: keep one of them")
         self.used: set[str] = set()
+        self._volume: tuple[Path, dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def of(self, name: str) -> Tensor:
-        """The mask of the image `name`, bool `[H, W]`."""
-        key = Path(name).with_suffix("").as_posix()
-        if key not in self.files:
+        """The mask of the image or slice `name`, bool `[H, W]`."""
+        scan = scan_of(name)
+        keys = [_key(name)] if scan is None else [name, _key(scan)]
+        key = next((key for key in keys if key in self.files), None)
+        if key is None:
             return torch.zeros(self.preparation.size, dtype=torch.bool)
         self.used.add(key)
-        ((_, pixels),) = read_one(self.files[key], self.preparation)
-        return torch.from_numpy(pixels[0] > pixels.max() / 2)
+        file = self.files[key]
+        try:
+            if scan is None or not is_scan(file.name):
+                return self._picture(file)
+            marked = self._slices(file, scan)
+        except MissingExtraError:
+            raise
+        except Exception as error:  # Pillow and nibabel have many types
+            raise DataError(f"the mask {file} cannot be read: {reason_of(error)}") from error
+        if name not in marked:
+            raise DataError(f"the mask {file} has nothing for {name}: give a volume on the scan's own grid")
+        return marked[name]
+
+    def _picture(self, file: Path) -> Tensor:
+        with strict_pillow(), opened(Item(str(file), file), self.options) as pictures:
+            return self._prepared(next(pictures)[1])
+
+    def _slices(self, file: Path, scan: str) -> dict[str, Tensor]:
+        # Slices of a scan come one after the other, so that one volume in memory is enough to read each once.
+        if self._volume is None or self._volume[0] != file:
+            found = slices(scan, file, self.options, _marked)
+            self._volume = file, {name: self._prepared(picture) for name, picture in found}
+        return self._volume[1]
+
+    def _prepared(self, picture: Image.Image) -> Tensor:
+        window = None
+        if picture.mode in DEEP_MODES:
+            brightest = float(deep_values(picture).max())
+            if brightest <= 0:
+                return torch.zeros(self.preparation.size, dtype=torch.bool)
+            window = (0.0, brightest)
+        pixels = self.preparation(picture, window)[0]
+        return torch.from_numpy(pixels > pixels.max() / 2)
 
     def unused(self) -> list[str]:
         """Masks whose image was not there."""
         return sorted(str(self.files[key]) for key in self.files.keys() - self.used)
+
+
+def _key(name: str, ending: str = "") -> str:
+    """A file's name without suffix and ending; a scan's with `.nii` again, for a picture may be called like it."""
+    if is_scan(name):
+        return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE).removesuffix(ending) + ".nii"
+    return Path(name).with_suffix("").as_posix().removesuffix(ending)
+
+
+def _marked(values: np.ndarray) -> np.ndarray:
+    """Which voxels of a mask are anomalous, as 0 and 1."""
+    values = np.nan_to_num(values)  # some programs write NaN around the head
+    least = 0 if np.array_equal(values, np.rint(values)) else values.max() / 2
+    return (values > least).astype(np.float32)
 
 
 class Truth:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,37 @@ from introvae.data.options import DataOptions, slice_range
 from introvae.errors import DataError
 from introvae.extras import import_extra
 
+SLICE = re.compile(r"(.+\.nii(?:\.gz)?) slice \d+", re.IGNORECASE)
+"""What `slices` calls a slice."""
+
 
 def is_scan(name: str) -> bool:
     """Whether a file name is a NIfTI volume's."""
     return name.lower().endswith((".nii", ".nii.gz"))
 
 
-def slices(name: str, path: Path, options: DataOptions) -> Iterator[tuple[str, Image.Image]]:
-    """Slices of a volume as floats, anterior or superior up, with square pixels."""
+def scan_of(name: str) -> str | None:
+    """The scan that a slice is of, by the slice's name; None for another name.
+
+    Example:
+        >>> scan_of("sub-1/t1.nii.gz slice 12"), scan_of("sub-1/t1.nii.gz")
+        ('sub-1/t1.nii.gz', None)
+    """
+    found = SLICE.fullmatch(name)
+    return found[1] if found else None
+
+
+def slices(
+    name: str, path: Path, options: DataOptions, change: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Iterator[tuple[str, Image.Image]]:
+    """Slices of a volume as floats, anterior or superior up, with square pixels.
+
+    Arguments:
+        name: what the scan is called in the slices' names.
+        path: of the volume.
+        options: the axis, and which slices.
+        change: what becomes of the values of all these slices before any is resized.
+    """
     volume, spacing = _canonical(path)
     array = volume.dataobj
     other = [axis for axis in range(3) if axis != options.axis]
@@ -29,6 +53,7 @@ def slices(name: str, path: Path, options: DataOptions) -> Iterator[tuple[str, I
         array[tuple(slice(rows.start, rows.stop) if a == options.axis else slice(None) for a in range(3))],
         dtype=np.float32,
     )
+    values = values if change is None else change(values)
     for index in rows:
         plane = np.rot90(np.take(values, index - rows.start, axis=options.axis))
         picture = Image.fromarray(np.ascontiguousarray(plane))
