@@ -310,6 +310,36 @@ def test_rows_of_a_table_are_scored(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "found" / "maps").exists()
 
 
+def test_rows_that_hold_no_numbers_are_listed_and_the_others_scored(command: Command, tmp_path: Path) -> None:
+    np.savetxt(
+        tmp_path / "rows.csv", np.random.default_rng(0).normal(size=(200, 2)), "%.5f", ",", header="a,b", comments=""
+    )
+    words = ["fit", "--data", tmp_path / "rows.csv", *TRAIN, "--latent-dim", 2, "--out", tmp_path / "run"]
+    assert command(*words).code == 0
+    (tmp_path / "new.csv").write_text("a,b\n0.1,0.2\n,\n0.3,\nx,0\ninf,1\n1e300,1\n0.1,0.2\n")
+    detect(tmp_path / "run", tmp_path / "new.csv", out=tmp_path / "found")
+    rows = table(tmp_path / "found")
+    said = "no number, or one too large: "
+    assert [row["reason"].removeprefix(said) for row in rows] == ["", "a, b", "b", "a", "a", "a", ""]
+    assert rows[0]["error"] == rows[6]["error"] != ""
+
+
+@pytest.mark.parametrize("shape", [(5,), (8, 8)])
+def test_rows_of_an_array_that_are_not_finite_are_listed(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).random((300, *shape))
+    x[0, 0], x[290, -1] = np.nan, np.inf
+    np.save(tmp_path / "x.npy", x)
+    preparation = None if len(shape) == 1 else Preparation(shape, 1)
+    found = list(each(tmp_path / "x.npy", preparation))
+    assert [i for i, reading in enumerate(found) if reading.x is None] == [0, 290]
+    assert {reading.reason for reading in found} == {"", "NaN or infinite values"}
+    again = np.load(tmp_path / "x.npy")
+    assert np.array_equal(x, again, equal_nan=True)  # the file is as it was
+    for reading, row in list(zip(found, x, strict=True))[1:290]:
+        assert reading.x is not None
+        assert np.allclose(reading.x.numpy().reshape(shape), row, atol=1 / 500)
+
+
 @pytest.mark.parametrize("kind", ["images.npy", "images.npz", "vectors.npy", "parts.npz"])
 def test_arrays_come_in_their_order(tmp_path: Path, kind: str) -> None:
     x = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)

@@ -34,7 +34,9 @@ def detect(words: list[str]) -> None:
     parser.add_argument("--images", required=True, help="a folder, file or table to search, prepared as the run's data")
     parser.add_argument("--normal", help="what is normal, for the thresholds (default: what the run held out)")
     parser.add_argument("--labels", help="a CSV of names (of scans FILE slice N) and labels, 0 normal, 1 anomalous")
-    parser.add_argument("--masks", help="a folder with masks of the anomalous pixels (scans: volumes), named as the images")
+    parser.add_argument(
+        "--masks", help="a folder with masks of anomalous pixels (of scans volumes), named as the images"
+    )
     parser.add_argument("--scores", help=f"joined by commas (default: {DEFAULT}; of AGE: error,latent)")
     parser.add_argument("--by", help="the score that decides (default: neg_elbo, or the first)")
     parser.add_argument("--rate", type=float, default=0.05, help="share of false alarms allowed (default: 0.05)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from introvae.data.images import Result, ordered, read_item, strict_pillow
 from introvae.data.options import DataOptions
 from introvae.data.preparation import Preparation
 from introvae.data.sources import FolderSource, Item
-from introvae.data.tables import TablePreparation, read_rows
+from introvae.data.tables import TablePreparation, read_all_rows
 from introvae.errors import DataError
 
 AT_ONCE = 256
@@ -46,8 +47,8 @@ def each(
     """Everything that a source holds, in a stable order: files by name, rows of tables and arrays as they come.
 
     A folder or a single file is read a few pictures at a time, so that millions need no memory, and what cannot be used
-    comes as a `Reading` with a reason; nothing is left out. Images in Parquet files and on the hub are loaded as
-    `load_data` loads them, training part first; what was skipped comes with its reason, at the end.
+    comes as a `Reading` with a reason, a row too; nothing is left out. Images in Parquet files and on the hub are
+    loaded as `load_data` loads them, training part first; what was skipped comes with its reason, at the end.
 
     Arguments:
         source: as `--data` takes it.
@@ -67,10 +68,12 @@ def each(
         yield from _files(path, preparation, without)
         return
     if isinstance(preparation, TablePreparation) and is_table(path):
-        yield from _rows(Part(read_rows(path, preparation)))
+        x, reasons = read_all_rows(path, preparation)
+        yield from _rows(Part(x), reasons=reasons)
         return
     if path.suffix.lower() in (".npy", ".npz") and path.is_file():
-        yield from _rows(read_array_file(path, preparation if isinstance(preparation, Preparation) else None))
+        part, strange = read_array_file(path, preparation if isinstance(preparation, Preparation) else None)
+        yield from _rows(part, reasons=dict.fromkeys(strange, "NaN or infinite values"))
         return
     data = load_data(source, None, preparation)
     if not isinstance(data, ArrayData):
@@ -83,13 +86,17 @@ def each(
         yield Reading(name, None, reason)
 
 
-def _rows(part: Part, class_names: Sequence[str] = (), first: int = 0) -> Iterator[Reading]:
+def _rows(
+    part: Part, class_names: Sequence[str] = (), first: int = 0, reasons: Mapping[int, str] = MappingProxyType({})
+) -> Iterator[Reading]:
+    """Rows of a part, which begin with the number `first`; `reasons` are of those that cannot be used."""
     for start in range(0, len(part), AT_ONCE):
         some = part[slice(start, start + AT_ONCE)]
         names = some.names or [f"row {first + start + i}" for i in range(len(some))]
         labels = [None] * len(some) if some.labels is None else some.labels.tolist()
-        for name, x, label in zip(names, some.tensor(), labels, strict=True):
-            yield Reading(name, x, label=_named(label, class_names))
+        for row, (name, x, label) in enumerate(zip(names, some.tensor(), labels, strict=True), start):
+            reason = reasons.get(row, "")
+            yield Reading(name, None if reason else x, reason, _named(label, class_names))
 
 
 def _named(label: int | None, names: Sequence[str]) -> str | int | None:

@@ -72,14 +72,17 @@ def load_array_file(path: Path, options: DataOptions, preparation: Preparation |
     return _assemble(str(path), _arrays(path), options, preparation)
 
 
-def read_array_file(path: Path, preparation: Preparation | None = None) -> Part:
-    """All samples of such a file in their order, as a model takes them, with labels where each of them has one.
+def read_array_file(path: Path, preparation: Preparation | None = None) -> tuple[Part, list[int]]:
+    """All samples of such a file in their order, as a model takes them, with labels where each of them has one; and the
+    rows that hold NaN or infinite values, in whose place another row stands.
 
     Raises:
-        DataError: as `load_array_file`; a single sample will do here.
+        DataError: as `load_array_file`; a single sample will do here, but one at least must be finite.
     """
     parts: list[Part] = []
+    strange: list[int] = []
     for array, labels in _arrays(path).values():
+        strange += [sum(map(len, parts)) + row for row in _replaced(array)]
         if array.ndim == 2:
             x = as_vectors(array, str(path))
         elif array.ndim in (3, 4) and 0 not in array.shape:
@@ -90,7 +93,21 @@ def read_array_file(path: Path, preparation: Preparation | None = None) -> Part:
     if len({part.x.shape[1:] for part in parts}) > 1:
         raise DataError(f"{path} has parts of several shapes: make them one size")
     known = [part.labels for part in parts if part.labels is not None]
-    return Part(torch.cat([part.x for part in parts]), torch.cat(known) if len(known) == len(parts) else None)
+    whole = Part(torch.cat([part.x for part in parts]), torch.cat(known) if len(known) == len(parts) else None)
+    return whole, strange
+
+
+def _replaced(array: np.ndarray) -> list[int]:
+    """Put a finite row in the place of those that are not (of a file, in memory only); which these were."""
+    if array.ndim < 2 or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
+        return []
+    with np.errstate(over="ignore"):  # finite as float32, in which the model takes them
+        chunks = (array[i : i + CHUNK].astype(np.float32) for i in range(0, len(array), CHUNK))
+        fine = np.concatenate([np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1) for chunk in chunks])
+    rows = np.flatnonzero(~fine).tolist()
+    if rows and fine.any():
+        array[rows] = array[int(fine.argmax())]
+    return rows
 
 
 def _arrays(path: Path) -> dict[str, tuple[np.ndarray, Any]]:

@@ -121,6 +121,26 @@ def read_rows(path: Path, preparation: TablePreparation) -> Tensor:
     return preparation(_values(path, read_table(path), list(preparation.columns), constant_allowed=True))
 
 
+def read_all_rows(path: Path, preparation: TablePreparation) -> tuple[Tensor, dict[int, str]]:
+    """All rows of a table as a model takes them, `[N, D]`, and the reason of each that cannot be used.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a column.
+    """
+    import pandas as pd
+
+    frame, columns = read_table(path), list(preparation.columns)
+    _check_columns(path, frame, columns)
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
+    with np.errstate(over="ignore"):
+        x = preparation(numbers.to_numpy(dtype=np.float64, na_value=np.nan))
+    strange = ~x.isfinite().numpy()
+    return x, {
+        row: f"no number, or one too large: {_named([columns[i] for i in np.flatnonzero(strange[row])])}"
+        for row in np.flatnonzero(strange.any(axis=1)).tolist()
+    }
+
+
 def read_table(path: Path) -> DataFrame:
     """A CSV (commas, semicolons or tabs), TSV or Parquet file.
 
@@ -161,9 +181,7 @@ def _values(path: Path, frame: DataFrame, columns: list[str], constant_allowed: 
     """The columns as float64 `[N, D]`; all that is wrong with any of them is said at once."""
     import pandas as pd
 
-    missing_columns = [name for name in columns if name not in frame.columns]
-    if missing_columns:
-        raise DataError(f"{path} lacks columns that the model takes: {_named(missing_columns)}; give a table with them")
+    _check_columns(path, frame, columns)
     text = [c for c in columns if not (pd.api.types.is_numeric_dtype(frame[c]) or pd.api.types.is_bool_dtype(frame[c]))]
     problems = [f"text: {_named(text)}"] if text else []
     numbers = [name for name in columns if name not in text]
@@ -185,6 +203,11 @@ def _values(path: Path, frame: DataFrame, columns: list[str], constant_allowed: 
             f"{path} has columns that cannot be used ({'; '.join(problems)}): fill them, or leave them out with --drop"
         )
     return values
+
+
+def _check_columns(path: Path, frame: DataFrame, columns: list[str]) -> None:
+    if missing := [name for name in columns if name not in frame.columns]:
+        raise DataError(f"{path} lacks columns that the model takes: {_named(missing)}; give a table with them")
 
 
 def _named(names: list[str]) -> str:
