@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -84,7 +85,8 @@ def detect(
             not searched, and the results of an earlier search there are replaced.
 
     Returns:
-        What stands in report.json: "run", "images", "normal": what was compared; "counts"; "scores": for each its
+        What stands in report.json: "run", "images", "normal": what was compared; "model": training steps, and the
+        checksum of the weights; "settings": draws, features, seed; "counts"; "scores": for each its
         meaning, threshold and that one's interval; "metrics": with labels or masks `auroc_SCORE`, `aupr_SCORE`,
         `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, each with value, interval, n and protocol; "folder".
 
@@ -133,11 +135,15 @@ def detect(
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
     truth.check(found.names)
+    with open(run.model_folder / "model.safetensors", "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     report: dict[str, Any] = {
         "run": str(run.folder),
         "images": str(images),
         "normal": "held out by the run" if normal is None else str(normal),
         "folder": str(folder),
+        "model": {"steps": judge.config.steps, "sha256": weights},
+        "settings": {"draws": draws, "features": features, "seed": seed},
         "deciding": deciding,
         "counts": {
             "found": len(found.names),
