@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_the_page_and_the_maps_show_the_highest(home: Path, report: dict[str, An
     with Image.open(home / "found" / maps[0]["picture"]) as picture:
         assert picture.size == (48, 16)  # image, reconstruction, heat
     assert json.loads((home / "found" / "report.json").read_text())["metrics"] == report["metrics"]
+
+
+def test_the_report_says_which_model_it_is_of_and_with_what_settings(home: Path, tmp_path: Path) -> None:
+    scores = ["error", "perceptual", "neg_log_likelihood"]
+    report = detect(home / "run", home / "new" / "in", scores=scores, draws=7, seed=3, maps=0, out=tmp_path)
+    weights = hashlib.sha256((home / "run" / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert report["model"] == {"steps": 400, "sha256": weights}
+    assert report["settings"] == {"draws": 7, "features": "randconv", "seed": 3}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for word in (
+        "for 400 steps",
+        weights[:12],
+        "with 7 latents an image",
+        "the space <code>randconv</code>",
+        "Seed 3.",
+    ):
+        assert word in page
 
 
 def test_a_folder_of_normal_images_sets_the_thresholds(home: Path, tmp_path: Path) -> None:
@@ -553,6 +571,43 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     image = name if name == "a.png" else f"{name} slice 0"
     with pytest.raises(DataError, match=rf"the mask .*{name} cannot be read: "):
         masks_of(tmp_path, (8, 8)).of(image)
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "docs/detect.md").read_text(encoding="utf-8")
+    cases = {
+        name: {case["case"]: case for case in json.loads(path.read_text())["cases"]}
+        for name in ("fashion", "one-class", "places", "speed")
+        for path in [root / f"benchmarks/results/detection-{name}.json"]
+    }
+    assert all(f"(../benchmarks/results/detection-{name}.json)" in text for name in cases)
+
+    def rows(head: str) -> list[list[str]]:
+        lines = text[text.index(head) :].split("\n\n")[0].splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+    head, *found = rows("| against | model |")
+    assert len(found) == len(cases["fashion"])
+    sets = {"CIFAR-10": "cifar10", "ETH-80 objects": "eth80", "grey faces": "faces-lfw-gray", "scenes": "scenes15-gray"}
+    sets |= {"MNIST": "mnist", "faces with masks": "faces-mask-color", "images of one colour": "single colour"}
+    for against, model, *values in found:
+        run = {"VAE": "vae", "Soft-IntroVAE": "soft-introvae"}[model]
+        case = cases["fashion"][f"fashion-mnist--{run}--0 against {sets.get(against, against)}"]
+        assert values == [f"{case[score.strip('`')]:.3f}" for score in head[2:]], (against, model)
+    head, *found = rows("| map | pasted |")
+    for name, *values in found:
+        key = f"pixel_auroc_{name.strip('`')}"
+        assert values == [f"{cases['places'][f'faces, {change}'][key]:.3f}" for change in head[1:]], name
+    _, *found = rows("| score | images a second |")
+    assert len(found) == len(cases["speed"])
+    for names, value in found:
+        case = cases["speed"][f"faces, {names.replace('`', '').replace(', ', '+')}"]
+        assert value == f"{case['images_per_second']:,.0f}", names
+    mean = cases["one-class"]["mean"]
+    assert f"mean over the ten digits {mean['neg_elbo']:.3f} by `neg_elbo`" in text
+    for score in ("neg_log_likelihood", "error", "perceptual", "latent", "complexity", "kl"):
+        assert f"{mean[score]:.3f} `{score}`" in text
 
 
 def test_a_density_has_nothing_held_out(command: Command, tmp_path: Path) -> None:
