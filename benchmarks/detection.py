@@ -257,7 +257,7 @@ def speed(words: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--json", type=Path, help="where to write the results")
-    words.add_argument("--draws", type=int, default=32, help="latents an image for a likelihood (default: 32)")
+    words.add_argument("--draws", type=int, default=64, help="latents an image for a likelihood (default: 64)")
     kinds = words.add_subparsers(dest="what", required=True)
     of_sets = kinds.add_parser("sets", help="against other sets of images")
     of_sets.add_argument("runs", nargs="+", type=Path)
@@ -280,7 +280,10 @@ def main() -> None:
     )
     own = words.parse_args()
     measured = {"sets": sets, "one-class": one_class, "places": places, "speed": speed}[own.what]
-    report(measured(own), own.json)
+    # What the scores' draws, all of seed 0, and the runs' training were; one-class trains its own.
+    trained = {folder.name: Run.open(folder).config_path.read_text() for folder in getattr(own, "runs", [])}
+    trained |= {key: getattr(own, key) for key in ("objective", "recipe", "steps") if hasattr(own, key)}
+    report(measured(own), own.json, draws=own.draws, seed=0, trained=trained)
 
 
 if __name__ == "__main__":
