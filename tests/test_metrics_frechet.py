@@ -17,7 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from introvae.data import load_data
 from introvae.errors import ConfigError, DataError
-from introvae.metrics.features import FEATURES, THUMB, WIDTHS, randconv, thumb, values
+from introvae.metrics.features import FEATURES, THUMB, WIDTHS, feature_space, randconv, thumb, values
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 
 
@@ -129,22 +129,22 @@ class Features(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize(("name", "count"), [("thumb", THUMB**2), ("randconv", 2 * sum(WIDTHS))])
+@pytest.mark.parametrize(("name", "count"), [("thumb", THUMB**2), ("randconv", 2 * sum(WIDTHS)), ("mnist", 96)])
 def test_against_torchmetrics(name: str, count: int):
-    draws = generator()
+    draws, space = generator(), feature_space(name)
     n = 2 * count  # more than features: torchmetrics' root of a singular product is itself not exact to 1e-6
     real = torch.rand(n, 1, 16, 16, generator=draws)
     fake = nn.functional.avg_pool2d(torch.rand(n, 1, 16, 16, generator=draws), 3, stride=1, padding=1)
 
     def double(x: Tensor) -> Tensor:
-        return FEATURES[name](x).double()  # torchmetrics gives its answer in the features' type
+        return space(x).double()  # torchmetrics gives its answer in the features' type
 
     theirs = FrechetInceptionDistance(feature=Features(double, count), normalize=True).set_dtype(torch.float64)
     ours = {True: GaussianStatistics(count), False: GaussianStatistics(count)}
     for images, is_real in ((real, True), (fake, False)):
         for part in images.split(100):
             theirs.update(part, real=is_real)
-            ours[is_real].update(FEATURES[name](part))
+            ours[is_real].update(space(part))
     assert frechet_distance(ours[True], ours[False]) == pytest.approx(theirs.compute().item(), rel=1e-6)
 
 
@@ -230,7 +230,7 @@ def test_statistics_of_two_spaces_are_not_merged():
 WORKER = """
 import sys, torch
 from torch import distributed
-from introvae.metrics.frechet import GaussianStatistics
+from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -243,7 +243,10 @@ if rank == 1:
 for statistics in (found, lonely, nothing):
     statistics.all_reduce()
 assert nothing.count == 0
-torch.save([(s.count, s.mean, s.covariance) for s in (found, lonely)], f"{folder}/{rank}.pt")
+other = GaussianStatistics(4)
+other.update(torch.load(f"{folder}/other.pt"))
+found = [(s.count, s.mean, s.covariance, frechet_distance(s, other)) for s in (found, lonely)]
+torch.save(found, f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """
 
@@ -251,7 +254,9 @@ distributed.destroy_process_group()
 def test_processes_that_each_saw_a_part_have_the_sums_of_one(tmp_path: Path):
     x = normal(100, 4) + 1e3
     x[:30] *= 2
+    other = x[:60] + normal(60, 4, seed=1)
     torch.save(x, tmp_path / "x.pt")
+    torch.save(other, tmp_path / "other.pt")
     words = [sys.executable, "-c", WORKER]
     processes = [
         subprocess.Popen([*words, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
@@ -260,11 +265,13 @@ def test_processes_that_each_saw_a_part_have_the_sums_of_one(tmp_path: Path):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     whole = of(x)
+    distance = frechet_distance(whole, of(other))
     for rank in range(2):
-        for count, mean, covariance in torch.load(tmp_path / f"{rank}.pt"):
+        for count, mean, covariance, found in torch.load(tmp_path / f"{rank}.pt"):
             assert count == 100
             np.testing.assert_allclose(mean, whole.mean, rtol=1e-10)
             np.testing.assert_allclose(covariance, whole.covariance, rtol=1e-10, atol=1e-7)  # of thousands, squared
+            assert found == pytest.approx(distance, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
