@@ -131,6 +131,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "one": ["fit", "--resume", str(folder / "one"), "--quiet"],
         "terminated": ["fit", "--resume", str(folder / "terminated"), "--quiet"],
         "dry_run": [*fit, "16", *digits, "--dry_run"],
+        "evaluate": ["evaluate", str(folder / "norm"), "--metrics", "mse", "--device", "cpu"],
         # Only the first meets these. Last: where the others are not told, they wait until it has ended.
         "taken": [*fit, "16", *digits, "--out", str(folder / "one")],
         "missing": [*fit, "16", "--data", str(folder / "none.npy"), "--out", str(folder / "missing")],

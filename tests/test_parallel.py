@@ -429,6 +429,11 @@ def test_a_dry_run_is_shown_once(workers: Workers) -> None:
     assert "encoder: " in workers.said("dry_run")[0].out
 
 
+def test_only_the_first_process_evaluates(workers: Workers) -> None:
+    assert_finished(workers.said("evaluate"))
+    assert f"page     {workers.folder / 'norm' / 'report.html'}\n" in workers.said("evaluate")[0].out
+
+
 @pytest.mark.parametrize(("command", "message"), [("taken", "holds a run already"), ("missing", "none.npy")])
 def test_what_only_the_first_process_meets_ends_all_with_one_line(workers: Workers, command: str, message: str) -> None:
     assert message in assert_refused(workers.said(command))

@@ -191,6 +191,8 @@ def _evaluate(words: list[str]) -> None:
     parser.add_argument("--reference", type=int, help="training images they are compared with (default: 10000)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     own = parser.parse_args(words)
+    if not speaks():  # of processes that were launched together, the first measures and writes
+        return
     _report(
         Run.open(own.run),
         data=own.data,
