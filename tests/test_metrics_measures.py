@@ -37,6 +37,7 @@ from introvae.metrics.classifier import load_classifier
 from introvae.metrics.collect import Collected, Wanted, collect
 from introvae.metrics.features import FeatureSpace, feature_space
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
+from introvae.metrics.histogram import energy_distance
 from introvae.metrics.kernel import polynomial_mmd
 from introvae.metrics.manifold import Manifold, neighbourhoods
 from introvae.model import IntrospectiveVAE as Model
@@ -424,6 +425,8 @@ def test_a_model_without_batch_statistics_has_no_gap_in_training_mode():
         "ssim",
         "kl_real_nats",
         "active_units",
+        "kl_aggregate_nats",
+        "msssim_pairs",
         "frechet_thumb",
         *metrics_in("randconv"),
     }
@@ -454,7 +457,8 @@ def test_the_saved_values_are_those_of_the_report():
     model, data = batch_normed(), data_of(images(60), images(32, seed=1))
     found = examine(model, data, features=["randconv"])
     assert found.yardstick is not None
-    assert {*metrics_in("randconv"), "active_units"} <= set(found.yardstick.saved)
+    more = {"active_units", "kl_aggregate_nats", "msssim_pairs"}
+    assert {*metrics_in("randconv"), *more} <= set(found.yardstick.saved)
     for name, value in found.yardstick.saved.items():
         assert value == pytest.approx(found.metrics[name]["value"], rel=1e-6), name
 
@@ -490,6 +494,66 @@ def test_variants_are_measured_by_the_features_of_as_many_images(monkeypatch: py
     plain = examine(IntrospectiveVAE.build((3,), "mlp", 2).eval(), from_array(torch.rand(60, 3))).yardstick
     assert plain is not None
     assert "KID" not in plain.protocol
+
+
+def test_variants_are_measured_by_the_classes_of_a_classifier():
+    digits = load_data("digits")
+    assert isinstance(digits, ArrayData)
+    x = nn.functional.interpolate(digits.train[:130].tensor(), 28).mul(255).round() / 255
+    labels = load_classifier("mnist").network(x[60:100]).argmax(dim=1)
+    data, model = data_of(x[:60], x[60:100], "mnist", labels), drawn(x[100:])
+    found = examine(model, data)
+    assert found.yardstick is not None
+    assert found.yardstick.saved["class_distance_mnist"] > 0
+    assert set(class_metrics_in("mnist")) <= set(found.yardstick.saved)
+    for name in class_metrics_in("mnist"):
+        assert found.yardstick.saved[name] == pytest.approx(found.metrics[name]["value"], abs=1e-12), name
+    assert "shares of classes against 40 held-out images" in found.yardstick.protocol
+    entries = measure_variants(model, found.yardstick, None, batch=8)["training mode"]
+    assert "gap" not in entries["class_distance_mnist"], "near 0 for good samples"
+    assert entries["class_entropy_nats_mnist"]["gap"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 16])
+def test_the_same_pairs_are_compared_whatever_the_batch_is(batch: int):
+    x = images(30, side=28)
+    wanted = [Wanted(feature_space("thumb"), 30)]
+    (found,), (whole,) = (
+        [torch.cat(collect(lambda a, b: x[a:b], wanted, 30, batch=size, pairs=13).alike)] for size in (batch, 30)
+    )
+    assert len(whole) == 13
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+
+
+def test_variants_in_the_plane_are_measured_by_modes_and_energy_too():
+    data = load_data("density:8gaussians")
+    assert isinstance(data, DensityData)
+    density = data.density
+    assert density.modes is not None
+    centre = density.modes[2].clone()
+    model = IntrospectiveVAE(nn.Identity(), nn.Identity(), 2)
+    model.decoder = OnePoint(centre)
+    yardstick = PlaneYardstick(model, density, 400, 0)
+    assert set(yardstick.saved) == {
+        *("kl_soft_introvae", "jsd_soft_introvae", "energy_distance", "modes", "share_within_3_sigma")
+    }
+    assert (yardstick.saved["modes"], yardstick.saved["share_within_3_sigma"]) == (1, 1)
+    wanted = energy_distance(yardstick.real, centre.expand(400, 2))
+    assert yardstick.saved["energy_distance"] == pytest.approx(wanted, rel=1e-6)
+    found = measure_variants(model.eval(), yardstick, None, batch=100)["training mode"]
+    assert found["modes"]["gap"] == 0
+    assert "gap" not in found["energy_distance"]
+
+
+class OnePoint(nn.Module):
+    """A decoder that gives one point, whatever the latents."""
+
+    def __init__(self, point: Tensor) -> None:
+        super().__init__()
+        self.point = nn.Parameter(point)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.point.expand(len(z), 2)
 
 
 def test_a_variant_that_diverged_is_said_to_have():

@@ -14,7 +14,7 @@ from introvae.errors import ConfigError, whole
 from introvae.measures.entries import Metrics, entry
 from introvae.measures.heldout import Heldout, heldout_metrics, look_at_heldout
 from introvae.measures.sets import NEIGHBOURS, collect_sets, set_metrics
-from introvae.measures.variants import PlaneYardstick, SetYardstick, Yardstick, measure_variants
+from introvae.measures.variants import ENERGY_POINTS, PlaneYardstick, SetYardstick, Yardstick, measure_variants
 from introvae.metrics import histogram
 from introvae.metrics.classifier import CLASSIFIERS
 from introvae.metrics.features import SPACES
@@ -37,7 +37,7 @@ __all__ = [
     "metrics_in",
 ]
 
-POINTS, NATS_POINTS, ENERGY_POINTS, REPEATS = 5000, 100_000, 2000, 5
+POINTS, NATS_POINTS, REPEATS = 5000, 100_000, 5
 GNELBO_POINTS = 100 * 512
 
 

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from introvae.data import ArrayData, Density
-from introvae.errors import DataError
+from introvae.errors import ConfigError, DataError
 from introvae.measures.heldout import Heldout, look_at_heldout
 from introvae.measures.sets import NEIGHBOURS, SURE, Sets, decoded, small
-from introvae.metrics import histogram, kernel
+from introvae.metrics import classifier, histogram, kernel
 from introvae.metrics.collect import Collected, Wanted, collect
 from introvae.metrics.frechet import frechet_distance
 from introvae.metrics.manifold import DENSITY_NEIGHBOUR, NEIGHBOUR, Manifold, neighbourhoods
-from introvae.metrics.posterior import active_units
+from introvae.metrics.posterior import active_units, aggregate_kl_nats
 from introvae.model import IntrospectiveVAE
 
 Values = dict[str, float]
 
 NOT_FINITE, NO_WEIGHTS = "not finite", "no checkpoint with these weights"
 """What stands in a variant's place that could not be measured."""
+AROUND_ZERO = ("kid_", "class_distance_", "energy_distance")
+"""How the metrics begin that good samples have near 0 (or below): a difference as a share of that says nothing."""
+ENERGY_POINTS = 2000
+"""Of points in the plane, so many go into an energy distance."""
 
 
 class Yardstick(Protocol):
@@ -72,7 +76,15 @@ class SetYardstick:
         if fully := [name for name, (_, fully) in self.sets.spaces.items() if fully]:
             train = min(kernel.SUBSET, len(self.sets.train.spaces[fully[0]].features))
             text += f"; KID against {train} training images, precision to coverage against {self.n} held-out ones"
-        return text
+        if judges := list(self.sets.judges):
+            heldout = len(torch.cat(self.sets.heldout.spaces[judges[0]].classes))
+            text += f"; shares of classes against {heldout} held-out images"
+        return text + (f"; MS-SSIM of {self.pairs} pairs of samples" if self.pairs else "")
+
+    @property
+    def pairs(self) -> int:
+        """So many pairs of the samples are compared by MS-SSIM."""
+        return sum(map(len, self.sets.early.alike))
 
     @property
     def saved(self) -> Values:
@@ -85,7 +97,8 @@ class SetYardstick:
         if self.heldout is not None:
             found = look_at_heldout(model, self.data, part=self.sets.unseen[slice(self.n)], batch=batch)
         wanted = [Wanted(space, self.n, self.n if fully else 0) for space, fully in self.sets.spaces.values()]
-        samples = collect(decoded(model, self.sets.latents, self.sets.condition), wanted, self.n, batch=batch)
+        read = decoded(model, self.sets.latents, self.sets.condition)
+        samples = collect(read, wanted, self.n, batch=batch, pairs=self.pairs)
         return self._values(found, torch.arange(self.n), samples)
 
     def _values(self, heldout: Heldout | None, rows: Tensor, samples: Collected) -> Values:
@@ -93,17 +106,25 @@ class SetYardstick:
         if heldout is not None:
             values = {name: e[rows].mean().item() for name, e in heldout.errors.items() if name != "lpips"}
             if self.posteriors:
+                mean, logvar = heldout.posterior.mean[rows], heldout.posterior.logvar[rows]
                 values["kl_real_nats"] = heldout.posterior.kl()[rows].mean().item()
-                values["active_units"] = float(active_units(heldout.posterior.mean[rows]))
-        for name, (_, fully) in self.sets.spaces.items():
+                values["active_units"] = float(active_units(mean))
+                values["kl_aggregate_nats"] = aggregate_kl_nats(mean, logvar)
+        if samples.alike:
+            values["msssim_pairs"] = torch.cat(samples.alike).mean().item()
+        for name, (space, fully) in self.sets.spaces.items():
             ours, real = samples.spaces[name], self.sets.train.spaces[name]
             assert ours.sums is not None
             assert real.sums is not None
             values[f"frechet_{name}"] = frechet_distance(ours.sums, real.sums)
             if fully:
                 values |= self._by_features(name, ours.features[: self.n].to(self.sets.device))
-            if name in self.sets.judges:
+            if space.judge is not None and name in self.sets.judges:
+                k = len(space.judge.classes)
+                shares, wanted = ours.shares(k), self.sets.heldout.spaces[name].shares(k)
                 values[f"confident_share_{name}"] = ours.confident(SURE)
+                values[f"class_entropy_nats_{name}"] = classifier.entropy_nats(shares)
+                values[f"class_distance_{name}"] = float((shares - wanted).abs().sum() / 2)
         return values
 
     def _by_features(self, name: str, ours: Tensor) -> Values:
@@ -130,12 +151,13 @@ class PlaneYardstick:
 
     def __init__(self, model: IntrospectiveVAE, density: Density, n: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.n, self.extent = n, density.extent
+        self.n, self.density = n, density
         self.real = density.sample(n, generator)
         self.latents = torch.randn(n, model.latent_dim, generator=generator)
         self.condition = model.draw_condition(n, generator)
         self.protocol = (
-            f"soft_introvae: {n} real points and samples of {n} latents, the same ones as for the saved model"
+            f"{n} real points and samples of {n} latents, the same ones as for the saved model, one draw; KL and JSD "
+            f"as soft_introvae, energy distance of the first {min(n, ENERGY_POINTS)}"
         )
         self.saved = self.measure(model, n)
 
@@ -144,8 +166,13 @@ class PlaneYardstick:
         """A model's values."""
         read = decoded(model, self.latents, self.condition)
         fake = torch.cat([read(start, start + batch).cpu() for start in range(0, self.n, batch)])
-        values = histogram.soft_introvae_kl_jsd(self.real, fake, self.extent)
-        return dict(zip(("kl_soft_introvae", "jsd_soft_introvae"), values, strict=True))
+        kl, jsd = histogram.soft_introvae_kl_jsd(self.real, fake, self.density.extent)
+        distance = histogram.energy_distance(self.real[:ENERGY_POINTS], fake[:ENERGY_POINTS])
+        values = {"kl_soft_introvae": kl, "jsd_soft_introvae": jsd, "energy_distance": distance}
+        if self.density.modes is not None and self.density.sigma is not None:
+            found, near = histogram.mode_coverage(fake, self.density.modes, self.density.sigma)
+            values |= {"modes": float(found), "share_within_3_sigma": near}
+        return values
 
 
 def measure_variants(
@@ -164,8 +191,8 @@ def measure_variants(
 
     Returns:
         {variant: {metric: {"value", "saved", "gap", "n", "protocol"}}}; "saved" is the saved model's value on the same
-        data and latents, "gap" the difference as a share of it. In the place of a variant that makes values that are
-        not finite, or of raw weights that are not known, a text says so.
+        data and latents, "gap" the difference as a share of it (but of `AROUND_ZERO`). In the place of a variant that
+        makes values that are not finite, or of raw weights that are not known, a text says so.
     """
     while yardstick.n > 1 and yardstick.n % batch == 1:
         batch += 1  # a last batch of one has no statistics
@@ -182,7 +209,7 @@ def measure_variants(
             torch.manual_seed(seed)
             try:
                 values = yardstick.measure(variant.train(training), batch)
-            except DataError:
+            except (ConfigError, DataError):  # the first: posteriors whose spread is not finite
                 values = {}
         if not values or not all(math.isfinite(value) for value in values.values()):
             found[name] = NOT_FINITE
@@ -190,12 +217,12 @@ def measure_variants(
         size = min(batch, yardstick.n)
         how = f"saved weights in training mode, batches of {size}" if training else "last weights, evaluation mode"
         found[name] = {
-            metric: _entry(values[metric], saved, yardstick.n, f"{how}; {yardstick.protocol}")
+            metric: _entry(metric, values[metric], saved, yardstick.n, f"{how}; {yardstick.protocol}")
             for metric, saved in yardstick.saved.items()
         }
     return found
 
 
-def _entry(value: float, saved: float, n: int, protocol: str) -> dict[str, Any]:
-    gap = {"gap": (value - saved) / abs(saved)} if saved else {}
+def _entry(metric: str, value: float, saved: float, n: int, protocol: str) -> dict[str, Any]:
+    gap = {"gap": (value - saved) / abs(saved)} if saved and not metric.startswith(AROUND_ZERO) else {}
     return {"value": value, "saved": saved, **gap, "n": n, "protocol": protocol}

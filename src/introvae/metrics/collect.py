@@ -120,7 +120,7 @@ def collect(
         >>> found.spaces["rows"].sums.count, found.spaces["rows"].features.shape
         (10, torch.Size([6, 4]))
     """
-    collected = Collected()
+    collected, odd = Collected(), []
     stop = min(stop, max([2 * pairs, *(max(w.images, w.kept) for w in wanted)]))
     for first in range(start, stop, batch):
         x = read(first, min(first + batch, stop))
@@ -129,8 +129,13 @@ def collect(
             if rows > 0:
                 found = collected.spaces.setdefault(want.space.name, Found())
                 _look(want, x[:rows], first, found)
-        if (rows := min(2 * pairs - first, len(x)) // 2 * 2) > 0:
-            collected.alike.append(ms_ssim(x[0:rows:2], x[1:rows:2]).cpu())
+        if (rows := min(2 * pairs - first, len(x))) > 0:
+            # The last of an odd batch waits for its neighbour: the pairs are the same ones whatever the batch is.
+            paired = torch.cat([*odd, x[:rows]])
+            even = len(paired) // 2 * 2
+            odd = [paired[even:]]
+            if even:
+                collected.alike.append(ms_ssim(paired[0:even:2], paired[1:even:2]).cpu())
     return collected
 
 
