@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -312,6 +313,24 @@ def test_ctrl_c_ends_it_while_a_page_is_open(browser: Any, folders: list[Path], 
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     page.close()
+    assert "Traceback" not in said.read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_uploads_are_gone_when_it_ends(number: int, code: int, folders: list[Path], tmp_path: Path) -> None:
+    said, scratch = tmp_path / "said.txt", tmp_path / "scratch"
+    scratch.mkdir()
+    words = [sys.executable, "-m", "introvae", "studio", str(folders[0]), "--port", "0"]
+    with open(said, "w") as file:
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
+    address = _address(process, said)
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("mine.png", png())}, timeout=60)
+    assert answer.status_code == 200
+    assert list(scratch.glob("introvae-studio-*/**/mine.png"))
+    process.send_signal(number)
+    assert process.wait(20) == code
+    assert list(scratch.glob("introvae-studio-*")) == []
     assert "Traceback" not in said.read_text()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,7 @@ log = logging.getLogger("introvae")
 
 
 def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str], Any] = print) -> None:
-    """Show the page until Ctrl-C, on 127.0.0.1; uploads are kept in a folder that is removed at the end.
+    """Show the page until Ctrl-C or SIGTERM, on 127.0.0.1; uploads are kept in a folder that is removed at the end.
 
     Arguments:
         views: what is shown.
@@ -73,6 +75,9 @@ def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str],
     before = os.environ.get("GRADIO_TEMP_DIR")
     with ExitStack() as stack:
         stack.callback(listening.close)
+        if threading.current_thread() is threading.main_thread():  # no other may say what a signal does
+            # uvicorn stops at SIGTERM and sends it once more, which would end the process with the uploads still there.
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _exit))
         os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="introvae-studio-"))
         stack.callback(_restore, "GRADIO_TEMP_DIR", before)
         # Open pages listen on without end: Ctrl-C must not wait for them.
@@ -83,6 +88,10 @@ def serve(views: Sequence[View], port: int | None = None, ready: Callable[[str],
         ready(f"http://{HOST}:{listening.getsockname()[1]}/")
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # the code that a shell knows for it
 
 
 def _restore(name: str, value: str | None) -> None:
