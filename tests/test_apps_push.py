@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import hub as stand_in
@@ -119,14 +120,31 @@ def test_the_card_of_a_model_of_classes(tmp_path: Path) -> None:
     assert "anomaly-detection" not in card
 
 
-def test_columns_that_were_left_out_are_not_told(tmp_path: Path) -> None:
+def test_columns_that_the_model_does_not_know_are_not_told(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(50, 3))
     path = tmp_path / "wine.csv"
-    path.write_text("acid,sugar,patient\n" + "\n".join(",".join(map(str, row)) for row in rows))
-    settings: dict[str, Any] = {"drop": ["patient"], "network": "tiny-mlp", "steps": 2, "batch_size": 8}
+    lines = [f"{row[0]},{row[1]},{row[2]},{i // 2},{i % 2}" for i, row in enumerate(rows)]
+    path.write_text("acid,sugar,patient,family,diagnosed\n" + "\n".join(lines))
+    private = {"drop": ["patient"], "group": "family", "label": "diagnosed"}
+    settings: dict[str, Any] = {**private, "network": "tiny-mlp", "steps": 2, "batch_size": 8}
     run = fit(data=str(path), **settings, out=str(tmp_path / "run"))
-    for file in package(run, tmp_path / "card").iterdir():
-        assert b"patient" not in file.read_bytes(), file.name
+    folder = package(run, tmp_path / "card")
+    for file in folder.iterdir():
+        for name in (b"patient", b"family", b"diagnosed"):
+            assert name not in file.read_bytes(), file.name
+    # The settings train on the same columns, though they do not say which were left out.
+    recipe, again = str(folder / "settings.yaml"), str(tmp_path / "again")
+    weights = fit(recipe=recipe, data=str(path), group="family", label="diagnosed", out=again).model().state_dict()
+    assert all(torch.equal(x, weights[name]) for name, x in run.model().state_dict().items())
+
+
+def test_that_there_are_no_labels_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "wine.csv"
+    path.write_text("acid,label\n" + "\n".join(f"{i / 7},{i % 5}" for i in range(50)))
+    settings: dict[str, Any] = {"label": "none", "network": "tiny-mlp", "steps": 2, "batch_size": 8}
+    run = fit(data=str(path), **settings, out=str(tmp_path / "run"))
+    told = yaml.safe_load((package(run, tmp_path / "card") / "settings.yaml").read_text())
+    assert (told["label"], told["columns"]) == ("none", ["acid", "label"])
 
 
 def test_names_on_the_hub_stay_and_paths_do_not(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,10 @@ def package(run: Run, folder: str | Path, name: str = "", license: str | None = 
     """
     folder, model = Path(folder), run.model()
     report = _numbers(run)
-    settings = run.config().to_dict()
-    settings |= {"data": _data_name(run), "drop": [], "group": None}  # columns and names that the model does not know
     try:
         for file in MODEL_FILES:
             write_atomically(folder / file, (run.model_folder / file).read_bytes())
-        write_atomically(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+        write_atomically(folder / "settings.yaml", yaml.safe_dump(_settings(run, model), sort_keys=False).encode())
         if report:
             write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         pictured = _samples(model, folder / "samples.png")
@@ -196,6 +194,17 @@ def _numbers(run: Run) -> dict[str, Any]:
     report = run.report()
     kept = ("objective", "seed", "steps", "training_seconds", "machine", "train", "heldout", "metrics")
     return {"data": _data_name(run), **{name: report[name] for name in kept if name in report}}
+
+
+def _settings(run: Run, model: IntrospectiveVAE) -> dict[str, Any]:
+    """The run's settings without columns and names that the model does not know."""
+    settings, preparation = run.config().to_dict(), preparation_from((model.config or {}).get("data", {}))
+    told = {"data": _data_name(run), "drop": [], "group": None, "label": None}
+    if settings["label"] == "none":  # no column's name
+        told.pop("label")
+    if isinstance(preparation, TablePreparation):
+        told["columns"] = list(preparation.columns)  # so that those without a name stay left out
+    return settings | told
 
 
 def _data_name(run: Run) -> str:
