@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from PIL import Image
 
 import hub as stand_in
 from commands import Command, Refused, one_line
-from introvae import IntrospectiveVAE, evaluate, fit
+from introvae import IntrospectiveVAE, evaluate, fit, networks
 from introvae.apps.push import PAPERS, model_card, package
+from introvae.networks.conv import build_conv
 from introvae.objectives import list_objectives
 from introvae.training.run import Run
 
@@ -118,6 +120,38 @@ def test_the_card_of_a_model_of_classes(tmp_path: Path) -> None:
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
     assert "introvae detect" not in card
     assert "anomaly-detection" not in card
+
+
+OWN = """
+from introvae.networks.conv import build_conv
+
+def build_mine(shape, latent_dim):
+    return build_conv(shape, latent_dim, channels=(4,))
+"""
+
+
+def test_the_card_of_an_own_network_registers_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_cards.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(networks, "_NETWORKS", dict(networks._NETWORKS))
+    settings: dict[str, Any] = {"network": "mine_of_cards.build_mine", "steps": 2, "batch_size": 8}
+    run = fit(data="digits", **settings, out=str(tmp_path / "run"))
+    folder = package(run, tmp_path / "card", str(tmp_path / "card"))
+    card = (folder / "README.md").read_text()
+    assert "its code is not in this repository" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    # A program that knows nothing of the run.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_the_card_of_a_network_that_was_registered_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_NETWORKS", dict(networks._NETWORKS))
+    networks.register_network("folding", partial(build_conv, channels=(4,)))
+    run = fit(data="digits", network="folding", steps=2, batch_size=8, out=str(tmp_path / "run"))
+    card = (package(run, tmp_path / "card") / "README.md").read_text()
+    assert "from MODULE import BUILDER  # not in this repository\n" in card
+    assert 'register_network("folding", BUILDER)' in card
 
 
 def test_columns_that_the_model_does_not_know_are_not_told(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from introvae.data import TablePreparation, preparation_from
 from introvae.errors import ConfigError, first_line
 from introvae.files import write_atomically
 from introvae.model import IntrospectiveVAE
+from introvae.networks import SHIPPED
 from introvae.pictures import plane_figure, save_picture
 from introvae.report import figures
 from introvae.report.page import MEANING, number
@@ -168,15 +169,7 @@ def model_card(run: Run, name: str, license: str | None = None, pictured: bool =
     )
     if pictured:
         parts.append("![Samples](samples.png)\n\nSamples, none selected.")
-    given = f", {names[0]!r}" if names else ""
-    example = [
-        f'model = IntrospectiveVAE.from_pretrained("{name}")',
-        f"samples = model.sample(16, condition={names[0]!r})" if names else "samples = model.sample(16)",
-    ]
-    if latents:
-        example.append(f"posterior = model.encode(samples{given}); again = model.reconstruct(samples{given})")
-    code = "\n".join(["from introvae import IntrospectiveVAE", "", *example])
-    parts.append(f"## Use\n\n```python\n{code}\n```\n\n{_input(model)}")
+    parts.append(f"## Use\n\n{_example(model, name, names, latents)}\n\n{_input(model)}")
     parts.append(
         f"## Training\n\n{_steps(run)} All settings are in `settings.yaml`, with which `introvae fit --recipe "
         "settings.yaml --data DATA` does it again."
@@ -233,6 +226,30 @@ def _samples(model: IntrospectiveVAE, path: Path) -> bool:
     else:
         return False
     return True
+
+
+def _example(model: IntrospectiveVAE, name: str, names: list[str], latents: bool) -> str:
+    """Code that loads the model, of classes `names`, and uses it; a network of one's own is registered first."""
+    given = f", {names[0]!r}" if names else ""
+    lines = [
+        f'model = IntrospectiveVAE.from_pretrained("{name}")',
+        f"samples = model.sample(16, condition={names[0]!r})" if names else "samples = model.sample(16)",
+    ]
+    if latents:
+        lines.append(f"posterior = model.encode(samples{given}); again = model.reconstruct(samples{given})")
+    network, said = (model.config or {}).get("network", ""), ""
+    if network in SHIPPED:
+        lines = ["from introvae import IntrospectiveVAE", "", *lines]
+    else:
+        module, _, builder = network.rpartition(".") if "." in network else ("MODULE", "", "BUILDER")
+        imported = [f"from {module} import {builder}  # not in this repository", ""]
+        imported.insert(module < "introvae", "from introvae import IntrospectiveVAE, register_network")
+        lines = [*imported, f'register_network("{network}", {builder})', *lines]
+        said = (
+            f"The network, `{network}`, does not come with introvae, and its code is not in this repository: get its "
+            "module from whoever made it, and register it before the model is loaded.\n\n"
+        )
+    return said + "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _input(model: IntrospectiveVAE) -> str:

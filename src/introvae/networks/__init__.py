@@ -45,6 +45,8 @@ _NETWORKS: dict[str, Builder] = {
     "tiny-disentangled": partial(build_disentangled, channels=(4,), hidden=8),
     "tiny-style": partial(build_style, width=1 / 128, style_dim=8, mapping=2),
 }
+SHIPPED = frozenset(_NETWORKS)
+"""Names that every program knows; whoever uses another one registers it first."""
 
 
 def list_networks() -> list[str]:
