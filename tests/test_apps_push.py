@@ -67,6 +67,26 @@ def test_the_package_is_a_model_with_its_card(run: Run, tmp_path: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["metrics"] == report["metrics"]
 
 
+SECTIONS = ["Use", "Training", "Numbers", "Intended use", "Limits"]
+
+
+def test_the_card_has_its_sections_and_tells_how_the_model_was_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model = [], Run.model
+    monkeypatch.setattr(Run, "model", lambda self: loaded.append(self) or model(self))
+    card = (package(run, tmp_path / "card") / "README.md").read_text()
+    assert len(loaded) == 1
+    assert re.findall(r"^## (.*)$", card, re.MULTILINE) == SECTIONS
+    training = card.split("## Training\n")[1].split("\n## ")[0]
+    (started,) = run.events("start")
+    assert f"2 steps of 8, seed 0, {run.log()[-1]['seconds']:.0f} s on {started['device']}" in training
+    assert f"({started['precision']}, 1 process, {torch.get_num_threads()} thread" in training
+    assert "36 samples to train on, 4 held out" in training
+    (command,) = re.findall(r"```sh\n(.*)\n```", training)
+    assert command == "introvae fit --recipe settings.yaml --data DATA"
+
+
 def test_nothing_tells_of_the_data(run: Run, tmp_path: Path) -> None:
     assert SECRET in run.report_path.read_text()  # so it would be seen
     for path in package(run, tmp_path / "card").iterdir():
@@ -98,6 +118,8 @@ def test_cards_of_points_and_tables(data: str, objective: str, tmp_path: Path) -
     run = fit(data=data, objective=objective, network="tiny-mlp", steps=2, batch_size=8, out=str(tmp_path / "run"))
     folder = package(run, tmp_path / "card")
     card = (folder / "README.md").read_text()
+    assert re.findall(r"^## (.*)$", card, re.MULTILINE) == SECTIONS
+    assert ("settings.yaml --data DATA\n" in card) == ("50 samples, held-out" in card) == ("wine" in data)
     assert "Not measured" in card
     assert ("acid, sugar, colour" in card) == ("wine" in data)
     assert (folder / "samples.png").exists() == ("![Samples]" in card) == ("wine" not in data)
@@ -139,6 +161,7 @@ def test_the_card_of_an_own_network_registers_it_first(tmp_path: Path, monkeypat
     folder = package(run, tmp_path / "card", str(tmp_path / "card"))
     card = (folder / "README.md").read_text()
     assert "its code is not in this repository" in card
+    assert "It imports `mine_of_cards`" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # A program that knows nothing of the run.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
@@ -152,6 +175,7 @@ def test_the_card_of_a_network_that_was_registered_in_python(tmp_path: Path, mon
     card = (package(run, tmp_path / "card") / "README.md").read_text()
     assert "from MODULE import BUILDER  # not in this repository\n" in card
     assert 'register_network("folding", BUILDER)' in card
+    assert "so in Python: `introvae.fit" in card
 
 
 def test_columns_that_the_model_does_not_know_are_not_told(tmp_path: Path) -> None:
@@ -163,6 +187,7 @@ def test_columns_that_the_model_does_not_know_are_not_told(tmp_path: Path) -> No
     settings: dict[str, Any] = {**private, "network": "tiny-mlp", "steps": 2, "batch_size": 8}
     run = fit(data=str(path), **settings, out=str(tmp_path / "run"))
     folder = package(run, tmp_path / "card")
+    assert "settings.yaml --data DATA --group GROUP --label COLUMN\n" in (folder / "README.md").read_text()
     for file in folder.iterdir():
         for name in (b"patient", b"family", b"diagnosed"):
             assert name not in file.read_bytes(), file.name

@@ -32,8 +32,8 @@ PAPERS = {
     "AGE": ("It Takes (Only) Two: Adversarial Generator-Encoder Networks", "1704.02304"),
 }
 """Title and arXiv number of each objective's paper."""
-SHOWN = 64
-"""Samples in the card's picture."""
+COUNTED = {"processes": "process", "threads": "thread"}
+"""What the log counts of a machine, and the word for one of it."""
 
 
 def package(run: Run, folder: str | Path, name: str = "", license: str | None = None) -> Path:
@@ -64,7 +64,7 @@ def package(run: Run, folder: str | Path, name: str = "", license: str | None = 
         if report:
             write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         pictured = _samples(model, folder / "samples.png")
-        write_atomically(folder / CARD, model_card(run, name or run.folder.name, license, pictured).encode())
+        write_atomically(folder / CARD, model_card(run, name or run.folder.name, license, pictured, model).encode())
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}): choose another folder") from error
     return folder
@@ -124,20 +124,24 @@ def push(
     return str(done.commit_url)
 
 
-def model_card(run: Run, name: str, license: str | None = None, pictured: bool = True) -> str:
-    """The card: metadata as the hub reads them, then what the model is, how it was made, its numbers with their
-    protocols, what it is for, and its limits.
+def model_card(
+    run: Run, name: str, license: str | None = None, pictured: bool = True, model: IntrospectiveVAE | None = None
+) -> str:
+    """The card: metadata as the hub reads them, then what the model is, how it was made and is made again, its numbers
+    with their protocols, what it is for, and its limits.
 
     Arguments:
         run, name, license: as in `package`.
         pictured: whether `samples.png` is beside it.
+        model: the run's, where it is loaded already.
 
     Raises:
         RunError: as in `package`.
     """
     from huggingface_hub import ModelCardData
 
-    config, model, report = run.config(), run.model(), _numbers(run)
+    config, report = run.config(), _numbers(run)
+    model = run.model() if model is None else model
     objective, shape = type(config.objective).__name__, model.shape or ()
     images, latents = len(shape) == 3, config.objective.encodes != "nothing"
     names = list(model.classes.names) if model.classes is not None else []
@@ -161,19 +165,16 @@ def model_card(run: Run, name: str, license: str | None = None, pictured: bool =
     if not latents:
         networks = f"a generator from {model.latent_dim} latent dimensions and its critic"
     title, arxiv = PAPERS.get(objective, (objective, ""))
-    paper = f"[{title}](https://arxiv.org/abs/{arxiv})" if arxiv else title
+    paper = f" ([{title}](https://arxiv.org/abs/{arxiv}))" if arxiv else ""
     parts.append(
-        f"A {objective} ({paper}) of {kind}, trained on {_data_name(run)}: {networks}, "
+        f"A {objective}{paper} of {kind}, trained on {_data_name(run)}: {networks}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters."
         + (f" It is told the class of each sample: {', '.join(names)}." if names else "")
     )
     if pictured:
         parts.append("![Samples](samples.png)\n\nSamples, none selected.")
     parts.append(f"## Use\n\n{_example(model, name, names, latents)}\n\n{_input(model)}")
-    parts.append(
-        f"## Training\n\n{_steps(run)} All settings are in `settings.yaml`, with which `introvae fit --recipe "
-        "settings.yaml --data DATA` does it again."
-    )
+    parts.append(f"## Training\n\n{_training(run, report)}\n\n{_again(run, model)}")
     parts.append(f"## Numbers\n\n{_table(report)}")
     parts.append(f"## Intended use\n\n{_uses(images, latents, bool(names))}")
     parts.append(f"## Limits\n\n{_limits(images, latents)}")
@@ -266,13 +267,45 @@ def _input(model: IntrospectiveVAE) -> str:
     )
 
 
-def _steps(run: Run) -> str:
+def _training(run: Run, report: dict[str, Any]) -> str:
+    """How long, on how much data, on what machine."""
     config, rows = run.config(), run.log()
     said = f"{config.steps:,} steps of {config.batch_size}" if config.steps else f"steps of {config.batch_size}"
     said += f", seed {config.seed}"
     if rows and "seconds" in rows[-1]:
         said += f", {rows[-1]['seconds']:,.0f} s"
-    return said + "."
+    if starts := run.events("start"):
+        machine = starts[-1]
+        counts = [f"{machine[name]} {name if machine[name] > 1 else one}" for name, one in COUNTED.items()]
+        said += f" on {machine['device']} ({', '.join([machine['precision'], *counts])})"
+    said += "."
+    if "train" in report:
+        return f"{said} {report['train']:,} samples to train on, {report['heldout']:,} held out."
+    if found := run.events("data"):  # it was not evaluated, which would have told them apart
+        said += f" {found[-1]['used']:,} samples, held-out ones among them."
+    return said
+
+
+def _again(run: Run, model: IntrospectiveVAE) -> str:
+    """The command that trains it once more, and what has to be filled in."""
+    config, name = run.config(), (model.config or {}).get("network", "")
+    words = ["introvae fit --recipe settings.yaml"]
+    if not (config.data in {"digits", *_hub_sets()} or config.data.startswith("density:")):
+        words.append("--data DATA")
+    if config.group is not None:
+        words.append("--group GROUP")
+    if config.label not in (None, "none"):
+        words.append("--label COLUMN")
+    said = ["All settings are in `settings.yaml`."]
+    if len(words) > 1:
+        said[0] = "All settings are in `settings.yaml` but those in capitals, which would tell of the data."
+    own = [type(config.objective).__module__, name.rpartition(".")[0]]
+    needed = [f"`{module}`" for module in dict.fromkeys(own) if module and not module.startswith("introvae.")]
+    if needed:
+        said.append(f"It imports {' and '.join(needed)}, which must be where Python finds modules (PYTHONPATH).")
+    if name not in SHIPPED and "." not in name:
+        said.append(f'With `register_network("{name}", ...)` before, so in Python: `introvae.fit(recipe=...)`.')
+    return f"```sh\n{' '.join(words)}\n```\n\n{' '.join(said)}"
 
 
 def _table(report: dict[str, Any]) -> str:
