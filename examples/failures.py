@@ -21,7 +21,7 @@ from PIL import Image
 
 import introvae
 from introvae import VAE, SoftIntroVAE, Warmup
-from introvae.report.figures import curves
+from introvae.training.curves import curves
 
 IN_THE_PLANE: dict[str, Any] = {
     "data": "density:8gaussians",

@@ -31,6 +31,7 @@ from introvae.metrics.features import values
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.report import figures
 from introvae.report.page import CAPTIONS, MEANING, number
+from introvae.training.curves import curves
 from unprepared import USED, write_odd_files
 
 ODD_NAME = "<b>&.png"
@@ -566,7 +567,7 @@ def test_curves_draw_what_the_log_says() -> None:
         {"step": 20, "phase": "train", "rec": 7.0, "kl_real": 1.5, "kl_sample": 2.5, "kl_reconstruction": None},
         {"step": 30, "phase": "train", "rec": 5.0, "kl_real": 1.75},
     ]
-    left, right = figures.curves(log, images=True).axes
+    left, right = curves(log, images=True).axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in left.lines}  # pyright: ignore
     assert lines == {
         "real": ([10, 20, 30], [1.0, 1.5, 1.75]),
@@ -576,8 +577,8 @@ def test_curves_draw_what_the_log_says() -> None:
     assert list(right.lines[0].get_ydata()) == [9.0, 7.0, 5.0]  # pyright: ignore
     assert "warm-up" in [text.get_text() for text in left.texts]
     assert "pixels" in right.get_title()
-    assert "values" in figures.curves(log[1:], images=False).axes[1].get_title()
-    assert not figures.curves(log[1:], images=False).axes[0].texts
+    assert "values" in curves(log[1:], images=False).axes[1].get_title()
+    assert not curves(log[1:], images=False).axes[0].texts
 
 
 def a_table(columns: int) -> tuple[ArrayData, Tensor]:

@@ -29,6 +29,7 @@ from introvae import (
     IntroVAE,
     IntrovaeError,
     Objective,
+    Report,
     Run,
     RunError,
     SoftIntroVAE,
@@ -706,9 +707,36 @@ def test_a_run_is_shown_and_read_as_a_table(tmp_path: Path) -> None:
     assert shown.count("data:image/png;base64,") == 1
     run.report_path.write_text(json.dumps({"metrics": {"psnr_db": {"value": 12.3456}, "odd": {"value": [1]}}}))
     assert "<th>psnr_db</th><td>12.35</td>" in opened._repr_html_()
+    left, right = opened.figure().axes[:2]
+    assert [line.get_label() for line in left.lines] == ["real", "reconstruction", "sample"]
+    assert "pixels" in right.get_title()
+    assert opened.figure()._repr_png_().startswith(b"\x89PNG")  # pyright: ignore
     (tmp_path / "new").mkdir()
     bare = Run.create(tmp_path / "new" / "<b>", run.config())
     assert bare.curves().empty
     assert "&lt;b&gt;" in bare._repr_html_()
+    with pytest.raises(RunError, match="logged no step"):
+        bare.figure()
     with pytest.raises(RunError, match="no run at"):
         open_run(tmp_path / "nothing")
+
+
+def test_a_report_is_a_dictionary_that_is_shown_as_a_table(tmp_path: Path) -> None:
+    run = fit(data="digits", recipe="none", steps=2, image_every=0, network="tiny-conv", out=str(tmp_path))
+    measured = evaluate(run, metrics=["psnr_db", "frechet_thumb"])
+    stored = run.report()
+    assert isinstance(measured, Report)
+    assert isinstance(stored, Report)
+    assert json.loads(json.dumps(measured)) == dict(measured) == stored == json.loads(run.report_path.read_text())
+    its = measured["metrics"]["frechet_thumb"]
+    shown = measured._repr_html_()
+    assert "<tr><th>metric</th><th>value</th><th>spread</th><th>floor</th><th>n</th></tr>" in shown
+    assert f"<th>frechet_thumb</th><td>{its['value']:.4g}</td><td></td><td>{its['floor']:.4g}</td>" in shown
+    assert f"<td>{measured['metrics']['psnr_db']['n']}</td></tr>" in shown
+    assert shown.count("<tr") == 3
+    bad = Report(run="<b>", metrics={"<i>": {"value": 1.0, "n": 12345, "protocol": 'a "b"'}, "odd": {"value": [1]}})
+    assert "&lt;b&gt;" in bad._repr_html_()
+    assert '<tr title="a &quot;b&quot;"><th>&lt;i&gt;</th><td>1</td>' in bad._repr_html_()
+    assert "<td>12,345</td>" in bad._repr_html_()
+    assert "odd" not in bad._repr_html_()
+    assert "<table>" in Report()._repr_html_()

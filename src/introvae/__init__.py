@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from introvae.step import IntrospectiveStep, Noise
     from introvae.training.config import FitConfig
     from introvae.training.fit import fit
-    from introvae.training.run import Run, open_run
+    from introvae.training.run import Report, Run, open_run
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "MissingExtraError",
     "Noise",
     "Objective",
+    "Report",
     "Run",
     "RunError",
     "SoftIntroVAE",
@@ -104,7 +105,7 @@ _HOMES = {
     "introvae.step": ("IntrospectiveStep", "Noise"),
     "introvae.training.config": ("FitConfig",),
     "introvae.training.fit": ("fit",),
-    "introvae.training.run": ("Run", "open_run"),
+    "introvae.training.run": ("Report", "Run", "open_run"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -41,10 +41,11 @@ from introvae.report.neighbours import neighbours
 from introvae.report.page import render
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
 from introvae.training.config import FitConfig
+from introvae.training.curves import curves
 from introvae.training.devices import pick_device
 from introvae.training.ema import averaged_weights
 from introvae.training.preview import preview
-from introvae.training.run import Run
+from introvae.training.run import Report, Run
 
 WORST = 10
 """How many of the worst reconstructions the report names."""
@@ -72,7 +73,7 @@ def evaluate(
     samples: int | None = None,
     reference: int | None = None,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> Report:
     """Measure a finished run's model; write `report.json`, `report.html` and pictures into its folder.
 
     With other data, the files are `report-DATA.json`, `report-DATA.html` and `images/evaluation-DATA.png`.
@@ -94,11 +95,11 @@ def evaluate(
             kept on the CPU.
 
     Returns:
-        What stands in report.json: `{"run": folder, "data": name, "metrics": {name: {"value", "std", "n", "protocol",
-        "floor"}}, "variants": {"training mode" or "raw weights": {name: {"value", "saved", "gap", "n", "protocol"}}
-        or why there are none}, "evaluation": {"model", "train", "heldout": checksums, "seed", "samples", "reference",
-        "device"}, "pictures": {name: file}, "intake": what became of each file, ...}`; keys that do not apply are left
-        out.
+        What stands in report.json, as a dictionary that a notebook shows as a table: `{"run": folder, "data": name,
+        "metrics": {name: {"value", "std", "n", "protocol", "floor"}}, "variants": {"training mode" or "raw weights":
+        {name: {"value", "saved", "gap", "n", "protocol"}} or why there are none}, "evaluation": {"model", "train",
+        "heldout": checksums, "seed", "samples", "reference", "device"}, "pictures": {name: file}, "intake": what became
+        of each file, ...}`; keys that do not apply are left out.
         "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
         distance training ones), or a perfect sampler; "gap" is how far a variant is from the saved model (in evaluation
         mode), as a share of that one's value.
@@ -142,12 +143,12 @@ def evaluate(
     }
     before = _earlier(path, metrics, its) if metrics else {}
     rows = run.log()
-    report: dict[str, Any] = {
+    report = Report(
         **_facts(run, config, loaded, rows),
-        "evaluation": {**its, "device": str(model.device)},
-        "page": path.with_suffix(".html").name,
-        "metrics": {**before.get("metrics", {}), **{name: found.metrics[name] for name in metrics or found.metrics}},
-    }
+        evaluation={**its, "device": str(model.device)},
+        page=path.with_suffix(".html").name,
+        metrics={**before.get("metrics", {}), **{name: found.metrics[name] for name in metrics or found.metrics}},
+    )
     if found.yardstick is not None:
         variants = measure_variants(model, found.yardstick, _raw_weights(run, model), config.batch_size, seed)
         report["variants"] = _joined(before.get("variants", {}), variants, metrics)
@@ -341,7 +342,7 @@ def _draw(
             more["kl_nats_per_dimension"] = [round(value, 6) for value in kl.tolist()]
             draw("latent", figures.latent_use(kl))
     if log:
-        draw("curves", figures.curves(log, images=images))
+        draw("curves", curves(log, images=images))
     if "overview" in drawn:
         more["picture"] = overview
     return {"pictures": drawn, **more}

@@ -41,6 +41,7 @@ from introvae.model import IntrospectiveVAE
 from introvae.pictures import image_grid, to_pil
 from introvae.report import figures
 from introvae.training.checkpoint import checkpoint_path, list_checkpoints
+from introvae.training.curves import curves
 from introvae.training.run import Run
 
 log = logging.getLogger("introvae")
@@ -475,7 +476,7 @@ class View:
         rows = self.run.log() if self.run is not None else []
         if not rows:
             raise RunError(f"{self.name} has no log: it is a model without its run, or has not begun")
-        return figures.curves(rows, images=True)
+        return curves(rows, images=True)
 
     def progress(self) -> str:
         """How far the run is, in one line."""

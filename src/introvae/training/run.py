@@ -19,6 +19,21 @@ from introvae.training.growing import Schedule
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Report(dict[str, Any]):
+    """What `evaluate` measured, as it stands in report.json; a notebook shows the metrics as a table.
+
+    Example:
+        >>> Report(metrics={"psnr_db": {"value": 18.1}})["metrics"]["psnr_db"]["value"]
+        18.1
+    """
+
+    def _repr_html_(self) -> str:
+        from introvae.training.notebook import html_of_report
+
+        return html_of_report(self)
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,25 @@ class Run:
 
         return pd.DataFrame(self.log() or {"step": []}).set_index("step")
 
+    def figure(self) -> Figure:
+        """The curves that the log has so far, as in the report: what each objective watches, the reconstruction error,
+        and settings that found their own value.
+
+        Raises:
+            RunError: nothing is logged yet.
+
+        Example:
+            >>> open_run("runs/mine").figure().savefig("curves.pdf")  # doctest: +SKIP
+        """
+        from introvae.training.curves import curves
+
+        rows = self.log()
+        if not rows:
+            raise RunError(f"{self.folder} has logged no step yet: wait for the first, or train on with --resume")
+        path = self.model_folder / "config.json"  # there once the training has ended
+        shape = json.loads(path.read_text())["shape"] if path.is_file() else ()
+        return curves(rows, images=len(shape) == 3)
+
     def _repr_html_(self) -> str:
         from introvae.training.notebook import html_of
 
@@ -187,15 +221,15 @@ class Run:
         kept = [json.dumps(row) + "\n" for row in self._lines() if row["step"] <= step]
         write_atomically(self.log_path, "".join(kept).encode())
 
-    def report(self) -> dict[str, Any]:
-        """What `evaluate` measured.
+    def report(self) -> Report:
+        """What `evaluate` measured; a notebook shows it as a table.
 
         Raises:
             RunError: the run was not evaluated.
         """
         if not self.report_path.is_file():
             raise RunError(f"{self.folder} has no report yet: make it with introvae evaluate {self.folder}")
-        return json.loads(self.report_path.read_text())
+        return Report(json.loads(self.report_path.read_text()))
 
 
 def open_run(folder: str | Path) -> Run:
