@@ -8,11 +8,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import introvae
 from commands import Command
 from introvae import networks
 from test_readme import known_option, run
@@ -112,6 +114,31 @@ def test_what_a_page_points_at_exists(page: Path) -> None:
     if page.stem in ("images", "numbers", "scaling"):  # the others name options of other commands, too
         for option in set(re.findall(r"`(--[a-z_-]+)", text)):
             assert known_option(option), f"{option} is no option"
+
+
+def test_names_that_pages_mention_are_there() -> None:
+    texts = [page.read_text() for page in (*PAGES, ROOT / "README.md")]
+    named = {name for text in texts for name in re.findall(r"(?<!/)\bintrovae(?:\.[A-Za-z_]\w*)+", text)}
+    assert {"introvae.fit", "introvae.apps.detect.detect", "introvae.studio.view.View"} <= named
+    missing = [name for name in sorted(named - {"introvae.NAME"}) if not there(name)]
+    assert missing == []
+
+
+def there(name: str) -> bool:
+    """Whether a dotted name leads to a module or to something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        return all((found := getattr(found, part, None)) is not None for part in parts[length:])
+    return False
+
+
+def test_the_api_page_lists_every_public_name() -> None:
+    listed = set(re.findall(r"^\.\. auto\w+:: introvae\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert listed == set(introvae.__all__) - {"__version__"}
 
 
 def test_every_failure_that_is_shown_can_be_made_again(tmp_path: Path) -> None:
