@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,29 @@ def test_every_introvae_command_runs_in_the_order_of_the_readme(folder: Path) ->
         run([*words, "--steps", "6", *(["--quiet"] if fresh else [])] if fresh or several else words, folder)
     for made in ("runs/mine/report.html", "samples.png", "pairs.png", "way.png", "more-wine.csv"):
         assert (folder / made).stat().st_size > 500, made
+
+
+def test_the_studio_is_not_tested_without_a_browser_unless_that_is_asked_for(tmp_path: Path) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is missing")
+    tools = tmp_path / "bin"  # no browser, and nothing that installs one
+    tools.mkdir()
+    python = tools / "python"
+    python.write_text("#!/bin/sh\necho tested\n")
+    python.chmod(0o755)
+    words = [make, "-o", ".venv/.ready", f"BIN={tools}", "test-studio"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "INTROVAE_NO"))}
+    environment["PATH"] = str(tools)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "tested" not in done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if "make" not in line)
+    assert "no chromium" in line
+    assert "INTROVAE_NO_BROWSER=1" in line
+    environment["INTROVAE_NO_BROWSER"] = "1"
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.endswith("tested\n")
 
 
 def test_the_table_of_8_gaussians_is_that_of_the_results() -> None:
