@@ -41,7 +41,10 @@ def test_the_commands_and_the_python_of_the_first_page_run_in_their_order_from_a
     monkeypatch.chdir(folder)
     lines = [line.strip() for block in blocks(START, "sh") for line in block.splitlines()]
     ours = [shlex.split(line) for line in lines if line.startswith(("introvae ", "python examples/"))]
-    assert {words[1] for words in ours} >= {"fit", "evaluate", "sample", "reconstruct", "interpolate", "detect"}
+    called = {words[1] for words in ours}
+    assert called >= {"fit", "evaluate", "sample", "reconstruct", "interpolate", "detect", "export"}
+    elsewhere = set(re.findall(r"^introvae (\w+)", START, re.MULTILINE)) - called
+    assert elsewhere == {"studio"}, "it answers until Ctrl-C; all others run here"
     for words in ours:
         if words[0] == "python":
             run([sys.executable, str(ROOT / words[1]), *words[2:]], folder)
@@ -50,6 +53,7 @@ def test_the_commands_and_the_python_of_the_first_page_run_in_their_order_from_a
         said = command(*words[1:], *steps)
         assert said.code == 0, (words, said)
     made = ("runs/first/report.html", "samples.png", "pairs.png", "way.png", "dimensions.png", "more-wine.csv")
+    made = (*made, "runs/first/export/encoder.onnx", "runs/first/export/decoder.onnx")
     for name in (*made, "runs/first/detect/pictures/scores.csv"):
         assert (folder / name).stat().st_size > 500, name
 
