@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Sequence
@@ -41,6 +42,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of the sources, with the wheel that is built from it beside it."""
+    pytest.importorskip("hatchling", reason="hatchling is missing")
+    folder = tmp_path_factory.mktemp("sdist")
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = folder.glob("*.tar.gz")
+    return found
+
+
 def commands(python: Sequence[str], folder: Path, environment: dict[str, str], steps: int) -> None:
     """The commands of someone who has the package and nothing else, in an empty folder."""
     for words in (
@@ -72,6 +85,21 @@ def test_the_wheel_has_everything_that_the_package_has(wheel: Path) -> None:
     assert any(name.endswith(".safetensors") for name in names)
     assert f"Version: {introvae.__version__}\n" in metadata
     assert all(name.startswith(("introvae/", "introvae-")) for name in names)
+
+
+def test_the_archive_of_the_sources_has_what_the_tests_read_and_gives_the_same_wheel(wheel: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("tests", "docs", "examples", "benchmarks"):
+        there = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {name for name in there if "__pycache__" not in name} <= names
+    assert {"README.md", "Makefile", "constraints.txt", "pyproject.toml"} <= names
+    (other,) = sdist.parent.glob("*.whl")
+    contents = []
+    for path in (wheel, other):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist()})
+    assert contents[0] == contents[1]
 
 
 def test_what_the_wheel_holds_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
