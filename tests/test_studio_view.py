@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from introvae import ConfigError, DataError, IntrospectiveVAE, RunError, cli_share, fit
@@ -321,6 +322,7 @@ def test_models_of_points_are_refused(tmp_path: Path) -> None:
 
 def test_the_curves_and_how_far_the_run_is(view: View, run: Run) -> None:
     assert len(view.curves().axes) >= 2
+    assert type(view.curves()) is Figure  # gradio takes no other
     assert view.progress().startswith("step 4 of 4")
     assert view.logged == run.log_path.stat().st_size
 

@@ -36,9 +36,14 @@ PANELS = (
 """What the first panels of the curves show: those of which the log has a line."""
 
 
-def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
+def curves(log: Sequence[dict[str, Any]], images: bool, kind: type[Figure] = Figure) -> Figure:
     """KL of real samples, reconstructions and draws (or what the objective has instead), the reconstruction error, and
     settings that found their own value, over the steps of a run.
+
+    Arguments:
+        log: its lines.
+        images: whether the samples are images, for the error's unit.
+        kind: of figure; gradio knows matplotlib's own only.
     """
     found_itself = [name for name in ("beta_neg", "margin") if len({row[name] for row in log if name in row}) > 2]
     panels: list[tuple[str, Sequence[tuple[str, str, str]]]]
@@ -47,7 +52,7 @@ def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
         unit = "squared error, sum over pixels" if images else "squared error, sum over values"
         panels.append((f"Reconstruction: {unit}", (("rec", REAL, ""),)))
     panels += [(f"{name}, found by itself", ((name, SAMPLE, ""),)) for name in found_itself]
-    figure, each = axes(len(panels))
+    figure, each = axes(len(panels), kind)
     warm = [row["step"] for row in log if row["phase"] == "warmup"]
     for axis, (title, series) in zip(each, panels, strict=True):
         for name, colour, label in series:
@@ -66,9 +71,9 @@ def curves(log: Sequence[dict[str, Any]], images: bool) -> Figure:
     return figure
 
 
-def axes(count: int) -> tuple[Figure, list[Axes]]:
+def axes(count: int, kind: type[Figure] = Figure) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels side by side, in the style of the reports."""
-    figure = ShownFigure(figsize=(4.6 * count, 2.9), layout="constrained")
+    figure = kind(figsize=(4.6 * count, 2.9), layout="constrained")
     each = [figure.add_subplot(1, count, i + 1) for i in range(count)]
     for axis in each:
         axis.spines[["top", "right"]].set_visible(False)

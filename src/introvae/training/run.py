@@ -177,14 +177,14 @@ class Run:
         Example:
             >>> open_run("runs/mine").figure().savefig("curves.pdf")  # doctest: +SKIP
         """
-        from introvae.training.curves import curves
+        from introvae.training.curves import ShownFigure, curves
 
         rows = self.log()
         if not rows:
             raise RunError(f"{self.folder} has logged no step yet: wait for the first, or train on with --resume")
         path = self.model_folder / "config.json"  # there once the training has ended
         shape = json.loads(path.read_text())["shape"] if path.is_file() else ()
-        return curves(rows, images=len(shape) == 3)
+        return curves(rows, len(shape) == 3, ShownFigure)
 
     def _repr_html_(self) -> str:
         from introvae.training.notebook import html_of
