@@ -31,7 +31,7 @@ from introvae import IntrospectiveVAE, Run, fit
 from introvae.apps.explore import latents
 from introvae.apps.heatmaps import MAPS, overlay
 from introvae.apps.judge import betas_of
-from introvae.apps.local_map import LocalMap
+from introvae.apps.local_map import SCALES, LocalMap
 from introvae.apps.scores import score_images, scores_for
 from introvae.data import ArrayData, DataOptions, load_data, preparation_from
 from introvae.evaluation import load_for
@@ -186,15 +186,42 @@ def squares(x: Tensor, generator: torch.Generator) -> Tensor:
 CHANGES = {"pasted": pasted, "blurred": blurred, "swapped": swapped}
 
 
+class Some(LocalMap):
+    """The map of some of its features alone."""
+
+    def __init__(self, model: IntrospectiveVAE, features: list[int]) -> None:
+        super().__init__(model)
+        self.features = features
+
+    def _features(self, x: Tensor, condition: Any) -> Iterator[Tensor]:
+        for found in super()._features(x, condition):
+            yield found[..., self.features]
+
+
+def local_maps(model: IntrospectiveVAE, train: Tensor) -> dict[str, LocalMap]:
+    """The whole map, that of the images' detail alone, which has nothing of the model, and that without it."""
+    count = train.shape[1] + 2  # features of a scale, the detail's energy last
+    every = range(len(SCALES) * count)
+    detail = [i for i in every if i % count == count - 1]
+    found = {
+        "local": LocalMap(model),
+        "detail": Some(model, detail),
+        "residuals": Some(model, [i for i in every if i not in detail]),
+    }
+    for one in found.values():
+        for part in train.split(250):
+            one.update(part)
+    return found
+
+
 def places(words: argparse.Namespace) -> list[dict[str, Any]]:
     cases, shown = [], []
     for folder in words.runs:
         model, data, objective = opened(folder)
         x = some(data, words.number)
-        local = LocalMap(model)
-        for part in some(data, 2000, heldout=False).split(250):
-            local.update(part)
-        maps = {"local": lambda model, part, local=local: local(part), **MAPS}
+        known = local_maps(model, some(data, 2000, heldout=False))
+        local = known["local"]
+        maps = {**{name: lambda model, part, one=one: one(part) for name, one in known.items()}, **MAPS}
         normal = torch.cat([local(part) for part in x.split(250)])
         top = float(normal.flatten()[torch.randperm(normal.numel())[:1_000_000]].quantile(0.999))
         for name, change in CHANGES.items():

@@ -60,14 +60,11 @@ class LocalMap:
     def __init__(self, model: IntrospectiveVAE) -> None:
         if model.shape is None or len(model.shape) != 3:
             raise DataError(f"data of shape {model.shape} have no heat map: give a model of images")
-        self.model, (channels, height, width) = model, model.shape
-        features = len(SCALES) * (channels + 2)
+        self.model, (_, height, width) = model, model.shape
         square = max(1, min(height, width) // FINEST)
         self.places = (height // square, width // square)
         self.count = 0
         self._shift: Tensor | None = None  # the first batch's mean: sums of small numbers lose nothing
-        self._sum = torch.zeros(*self.places, features, dtype=torch.float64)
-        self._products = torch.zeros(*self.places, features, features, dtype=torch.float64)
         self._known: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor, condition: Tensor | int | str | None = None) -> None:
@@ -81,7 +78,10 @@ class LocalMap:
             DataError: x has another shape than the model takes.
         """
         for features in self._features(x, condition):
-            self._shift = features.mean(dim=0) if self._shift is None else self._shift
+            if self._shift is None:
+                self._shift = features.mean(dim=0)
+                self._sum = torch.zeros_like(self._shift)
+                self._products = self._shift.new_zeros(*self._shift.shape, features.shape[-1])
             off = features - self._shift
             self._sum += off.sum(dim=0)
             self._products += torch.einsum("nhwi,nhwj->hwij", off, off)
