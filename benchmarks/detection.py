@@ -308,7 +308,8 @@ def main() -> None:
     own = words.parse_args()
     measured = {"sets": sets, "one-class": one_class, "places": places, "speed": speed}[own.what]
     # What the scores' draws, all of seed 0, and the runs' training were; one-class trains its own.
-    trained = {folder.name: Run.open(folder).config_path.read_text() for folder in getattr(own, "runs", [])}
+    configs = {folder.name: Run.open(folder).config() for folder in getattr(own, "runs", [])}
+    trained = {name: {**config.to_dict(), "data": Path(config.data).name} for name, config in configs.items()}
     trained |= {key: getattr(own, key) for key in ("objective", "recipe", "steps") if hasattr(own, key)}
     report(measured(own), own.json, draws=own.draws, seed=0, trained=trained)
 

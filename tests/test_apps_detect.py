@@ -578,7 +578,7 @@ def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
     text = (root / "docs/detect.md").read_text(encoding="utf-8")
     cases = {
         name: {case["case"]: case for case in json.loads(path.read_text())["cases"]}
-        for name in ("fashion", "one-class", "places", "speed")
+        for name in ("fashion", "cifar10", "one-class", "places", "speed")
         for path in [root / f"benchmarks/results/detection-{name}.json"]
     }
     assert all(f"(../benchmarks/results/detection-{name}.json)" in text for name in cases)
@@ -587,17 +587,22 @@ def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
         lines = text[text.index(head) :].split("\n\n")[0].splitlines()
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
-    head, *found = rows("| against | model |")
-    assert len(found) == len(cases["fashion"])
     sets = {"CIFAR-10": "cifar10", "ETH-80 objects": "eth80", "grey faces": "faces-lfw-gray", "scenes": "scenes15-gray"}
     sets |= {"MNIST": "mnist", "faces with masks": "faces-mask-color", "images of one colour": "single colour"}
-    for against, model, *values in found:
-        run = {"VAE": "vae", "Soft-IntroVAE": "soft-introvae"}[model]
-        case = cases["fashion"][f"fashion-mnist--{run}--0 against {sets.get(against, against)}"]
-        assert values == [f"{case[score.strip('`')]:.3f}" for score in head[2:]], (against, model)
+    sets |= {"Fashion-MNIST": "fashion-mnist"}
+    for name, data, start in (
+        ("fashion", "fashion-mnist", "| against | model |"),
+        ("cifar10",) * 2 + ("| against | tr",),
+    ):
+        head, *found = rows(start)
+        assert len(found) == len(cases[name])
+        for against, model, *values in found:
+            case = cases[name][f"{data}--{model.lower()}--0 against {sets.get(against, against)}"]
+            assert values == [f"{case[score.strip('`')]:.3f}" for score in head[2:]], (against, model)
     head, *found = rows("| map | pasted |")
     for name, *values in found:
-        key = f"pixel_auroc_{name.strip('`')}"
+        parts = {"`local`, detail alone": "detail", "`local`, residuals alone": "residuals"}
+        key = f"pixel_auroc_{parts.get(name, name.strip('`'))}"
         assert values == [f"{cases['places'][f'faces, {change}'][key]:.3f}" for change in head[1:]], name
     _, *found = rows("| score | images a second |")
     assert len(found) == len(cases["speed"])
