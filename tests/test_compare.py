@@ -899,7 +899,7 @@ def test_runs_whose_data_are_not_there_are_left_out(
         estimate(gone, 1)
 
 
-@pytest.mark.parametrize("name", list_comparisons())
+@pytest.mark.parametrize("name", sorted({*list_comparisons()} - {"table-2d"}))  # hundreds of rows with one network
 def test_every_row_of_the_comparisons_that_come_with_the_package_builds_its_networks(name: str) -> None:
     """Of the shape that the row gives, or its data have."""
     built = set()

@@ -149,8 +149,8 @@ def from_file(name: str, local: str | Path | None = None) -> Comparison:
         ConfigError: there is no such file or folder, or something in it is wrong.
 
     Example:
-        >>> from_file("table-2d").sections[0].key
-        '8gaussians'
+        >>> from_file("normalisers").sections[0].key
+        'normalisers'
     """
     path = COMPARISONS / f"{name}.yaml" if name in list_comparisons() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
