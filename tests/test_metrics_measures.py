@@ -675,6 +675,7 @@ def test_evaluate_takes_feature_spaces_by_name_module_and_file(run: Run, tmp_pat
     torch.export.save(torch.export.export(network, (images(2),), dynamic_shapes=dynamic), tmp_path / "pool.pt2")
     report = evaluate(run, features=[FeatureSpace("again", network), "mnist"], metrics=["frechet_again", "kid_mnist"])
     assert set(report["metrics"]) == {"frechet_again", "kid_mnist"}
+    assert report["neighbours"]["space"] == "mnist"  # the last
     words = ("--features", f"pixels, {tmp_path / 'pool.pt2'}", "--metrics", "frechet_pool,kid_pixels")
     said = command("evaluate", run.folder, *words)
     assert (said.code, said.err) == (0, "")

@@ -119,6 +119,18 @@ def test_the_table_of_mnist_is_that_of_the_results() -> None:
     assert real[2:5] == [f"{shown[0]:.2f}", f"{shown[1]:.1f} %", f"{shown[2]:.2f}"]
 
 
+def test_the_table_of_the_other_images_is_that_of_the_results() -> None:
+    result = json.loads((ROOT / "benchmarks/results/images/comparison.json").read_text())
+    sections = {section["key"]: section["cells"] for section in result["sections"]}
+    head, _, *table = README[README.index("| | `VAE` | `SoftIntroVAE`") :].split("\n\n")[0].splitlines()
+    labels = [label.strip(" `") for label in head.strip("|").split("|")[1:-1]]
+    for line, (key, space) in zip(table, {"fashion-mnist": "mnist", "cifar10": "cifar10"}.items(), strict=True):
+        cells = {cell["label"].replace("-", ""): cell for cell in sections[key]}
+        *values, floor = (value.strip() for value in line.strip("|").split("|")[1:])
+        assert values == [f"{cells[label]['metrics'][f'frechet_{space}']['mean']:.1f}" for label in labels]
+        assert floor == f"{cells['VAE']['floors'][f'frechet_{space}']:.1f}"
+
+
 def test_make_s_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]

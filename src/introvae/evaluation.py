@@ -85,7 +85,8 @@ def evaluate(
         metrics: names of the ones to report; all that apply by default, but `lpips`. The others of an earlier report
             stay in it where they are of the same model, data, seed and numbers of images, and are dropped where not.
         features: spaces to compare samples in besides the usual ones: names (`pixels`, `mnist`, `cifar10`,
-            `inception`, ...), files of exported networks, modules; see `metrics.features.feature_space`.
+            `inception`, ...), files of exported networks, modules; see `metrics.features.feature_space`. In the last of
+            them samples are shown beside their nearest training images, too.
         seed: of all draws, which are made on the CPU: they are the same on every device.
         samples: how many are compared with training images, by Fréchet distances and shares of classes; more take no
             more memory. By default 5,000 (2,000 in `thumb` and `randconv`), but no more than there are held-out images.
@@ -156,7 +157,7 @@ def evaluate(
         report["class_shares"] = found.class_shares
     overview, lines = f"images/evaluation{suffix}.png", rows if not suffix else []
     try:
-        report |= _draw(run, model, loaded, heldout, overview, lines, encodes)
+        report |= _draw(run, model, loaded, heldout, overview, lines, encodes, spaces[-1] if spaces else None)
         _write(run, path, report)
     except OSError as error:
         raise RunError(f"the report of {run.folder} cannot be written ({error}): give it room or rights") from error
@@ -315,6 +316,7 @@ def _draw(
     overview: str,
     log: list[dict[str, Any]],
     encodes: str = "posterior",
+    space: FeatureSpace | None = None,
 ) -> dict[str, Any]:
     """The report's pictures, drawn into the run's folder; their places, and what else only they were computed for."""
     folder = run.folder
@@ -333,7 +335,7 @@ def _draw(
     if images:
         draw("samples", figures.samples(model))
     if images and isinstance(data, ArrayData) and min(len(data.train), len(data.heldout)) > 0:
-        picture, more["neighbours"] = neighbours(model, data)
+        picture, more["neighbours"] = neighbours(model, data, space=space)
         draw("neighbours", picture)
     if isinstance(data, ArrayData) and heldout is not None:
         more["worst"] = _draw_reconstructions(model, data, heldout, draw)

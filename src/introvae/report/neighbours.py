@@ -10,7 +10,7 @@ from torch import Tensor
 
 from introvae.data import ArrayData, Part
 from introvae.data.stream import StreamedPart
-from introvae.metrics.features import default_spaces, feature_space
+from introvae.metrics.features import FeatureSpace, default_spaces, feature_space
 from introvae.metrics.neighbours import nearest
 from introvae.model import IntrospectiveVAE
 from introvae.pictures import labelled_rows, stack_columns
@@ -28,7 +28,9 @@ LOW = 0.05
 
 
 @torch.no_grad()
-def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple[Image, dict[str, Any]]:
+def neighbours(
+    model: IntrospectiveVAE, data: ArrayData, seed: int = 1, space: FeatureSpace | None = None
+) -> tuple[Image, dict[str, Any]]:
     """A picture of samples with their nearest training images, and how far they are.
 
     Near is meant twice: by pixels (Euclidean), and by the cosine in a feature space, the last of the data's usual ones.
@@ -38,6 +40,7 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
         data: images; all of the training part are searched, but of a stream at most `MOST` and `BYTES`, and copies of
             the others are not found.
         seed: of the samples; without classes they are those that the report's sheet of samples begins with.
+        space: instead of that feature space.
 
     Returns:
         The picture; and for "pixels" and "features" the median distance of samples to their nearest training image
@@ -47,7 +50,7 @@ def neighbours(model: IntrospectiveVAE, data: ArrayData, seed: int = 1) -> tuple
 
     Source: IntroVAE (2018), Sec. 4.3.
     """
-    space = feature_space(default_spaces(data.name, data.shape)[-1])
+    space = feature_space(default_spaces(data.name, data.shape)[-1]) if space is None else space
     train = _in_memory(data.train, seed)
     samples = draw(model, MEASURED, seed)
     heldout = data.heldout.some(MEASURED, torch.Generator().manual_seed(seed)).tensor()
