@@ -194,7 +194,15 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
             "heldout",
         ),
         *("train", "heldout", "pictures", "page", "worst", "kl_nats_per_dimension", "variants", "neighbours"),
+        "class_posteriors",
     }
+    assert [row["class"] for row in report["class_posteriors"]] == [str(digit) for digit in range(10)]
+    assert sum(row["n"] for row in report["class_posteriors"]) == report["heldout"]
+    means = [row["n"] * row["kl_nats"] / report["heldout"] for row in report["class_posteriors"]]
+    assert sum(means) == pytest.approx(report["metrics"]["kl_real_nats"]["value"], rel=1e-4)
+    page = (digits.folder / report["page"]).read_text()
+    assert "Held-out data by class" in page
+    assert page.count('<td class="n">') > 40
     assert set(report["metrics"]) == {
         *("psnr_db", "ssim", "mse", "kl_real_nats", "active_units", "kl_aggregate_nats"),
         *("frechet_thumb", *metrics_in("randconv"), "msssim_pairs", "confident_share", "class_entropy_nats"),

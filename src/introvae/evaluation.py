@@ -26,6 +26,7 @@ from introvae.measures import (
     Heldout,
     check_numbers,
     class_metrics_in,
+    class_posteriors,
     examine,
     look_at_heldout,
     measure_variants,
@@ -99,8 +100,9 @@ def evaluate(
         What stands in report.json, as a dictionary that a notebook shows as a table: `{"run": folder, "data": name,
         "metrics": {name: {"value", "std", "n", "protocol", "floor"}}, "variants": {"training mode" or "raw weights":
         {name: {"value", "saved", "gap", "n", "protocol"}} or why there are none}, "evaluation": {"model", "train",
-        "heldout": checksums, "seed", "samples", "reference", "device"}, "pictures": {name: file}, "intake": what became
-        of each file, ...}`; keys that do not apply are left out.
+        "heldout": checksums, "seed", "samples", "reference", "device"}, "pictures": {name: file},
+        "class_posteriors": of each class of labelled data, "intake": what became of each file, ...}`; keys that do not
+        apply are left out.
         "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
         distance training ones), or a perfect sampler; "gap" is how far a variant is from the saved model (in evaluation
         mode), as a share of that one's value.
@@ -155,6 +157,9 @@ def evaluate(
         report["variants"] = _joined(before.get("variants", {}), variants, metrics)
     if found.class_shares:
         report["class_shares"] = found.class_shares
+    told = class_posteriors(heldout, loaded.class_names) if heldout and isinstance(loaded, ArrayData) else []
+    if told and encodes == "posterior":
+        report["class_posteriors"] = told
     overview, lines = f"images/evaluation{suffix}.png", rows if not suffix else []
     try:
         report |= _draw(run, model, loaded, heldout, overview, lines, encodes, spaces[-1] if spaces else None)
@@ -169,7 +174,7 @@ def _write(run: Run, path: Path, report: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     settings = run.config_path.read_text(encoding="utf-8")
     environment = [*versions(), *hardware(), *_how(report["evaluation"]), ("date", date.today().isoformat())]
-    nothing = {"worst": [], "intake": None, "guard": [], "variants": {}, "class_shares": {}}
+    nothing = {"worst": [], "intake": None, "guard": [], "variants": {}, "class_shares": {}, "class_posteriors": []}
     page = render({**nothing, **report}, run.folder, settings, environment)
     write_atomically(run.folder / report["page"], page.encode(errors="replace"))  # names may be no UTF-8
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from introvae.data import Data, Density, DensityData
 from introvae.errors import ConfigError, whole
 from introvae.measures.entries import Metrics, entry
-from introvae.measures.heldout import Heldout, heldout_metrics, look_at_heldout
+from introvae.measures.heldout import Heldout, class_posteriors, heldout_metrics, look_at_heldout
 from introvae.measures.sets import NEIGHBOURS, collect_sets, set_metrics
 from introvae.measures.variants import ENERGY_POINTS, PlaneYardstick, SetYardstick, Yardstick, measure_variants
 from introvae.metrics import histogram
@@ -30,6 +30,7 @@ __all__ = [
     "Metrics",
     "check_numbers",
     "class_metrics_in",
+    "class_posteriors",
     "examine",
     "look_at_heldout",
     "measure",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from introvae.gaussian import DiagonalGaussian
 from introvae.measures.entries import Metrics, at_once, entry
 from introvae.metrics import posterior, reconstruction
 from introvae.model import IntrospectiveVAE
+
+MOST_CLASSES = 100
+"""A table of more classes is not read."""
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,6 +89,43 @@ def look_at_heldout(
             errors.setdefault(name, []).append(value.cpu())
     mean, logvar = (torch.cat([getattr(p, name).cpu() for p in posteriors]) for name in ("mean", "logvar"))
     return Heldout(part, {name: torch.cat(v) for name, v in errors.items()}, DiagonalGaussian(mean, logvar), condition)
+
+
+def class_posteriors(heldout: Heldout, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Where labelled held-out data's posteriors lie class by class: how much of the latent space each class takes.
+
+    Arguments:
+        heldout: with labels; unlabelled samples are left out.
+        names: of the classes, by number.
+
+    Returns:
+        For each class that occurs, in their order: "class", "n", mean "mse", mean "kl_nats", and "active_units", the
+        latent dimensions whose posterior mean varies within the class. Nothing without labels, of a single class, and
+        of more than `MOST_CLASSES`, which no reader compares.
+
+    Example:
+        >>> part, q = Part(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])), torch.tensor([[0.0], [2.0], [1.0], [1.0]])
+        >>> its = Heldout(part, {"mse": torch.zeros(4)}, DiagonalGaussian(q, torch.zeros(4, 1)))
+        >>> [(row["class"], row["kl_nats"], row["active_units"]) for row in class_posteriors(its, ("a", "b"))]
+        [('a', 1.0, 1), ('b', 0.5, 0)]
+    """
+    labels = heldout.part.labels
+    known = [] if labels is None else [label for label in labels.unique().tolist() if label >= 0]
+    if labels is None or not 1 < len(known) <= MOST_CLASSES:
+        return []
+    kl, found = heldout.posterior.kl(), []
+    for label in known:
+        its = labels == label
+        found.append(
+            {
+                "class": names[label] if label < len(names) else str(label),
+                "n": int(its.sum()),
+                "mse": float(heldout.mse[its].mean()),
+                "kl_nats": float(kl[its].mean()),
+                "active_units": posterior.active_units(heldout.posterior.mean[its]) if its.sum() > 1 else 0,
+            }
+        )
+    return found
 
 
 def heldout_metrics(model: IntrospectiveVAE, heldout: Heldout, posteriors: bool = True) -> Metrics:
