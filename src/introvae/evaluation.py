@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -206,8 +205,7 @@ def _does_not_apply(name: str, data: Data, applying: Collection[str]) -> ConfigE
 
 def _identity(run: Run, data: Data) -> dict[str, Any]:
     """Checksums of what is measured: the model's weights and both parts of the data."""
-    with open(run.model_folder / "model.safetensors", "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = run.checksum()
     if not isinstance(data, ArrayData):
         return {"model": weights, "train": None, "heldout": None}
     return {"model": weights, "train": _checksum(data.train), "heldout": _checksum(data.heldout)}

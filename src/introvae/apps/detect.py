@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -135,14 +134,12 @@ def detect(
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
     truth.check(found.names)
-    with open(run.model_folder / "model.safetensors", "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
     report: dict[str, Any] = {
         "run": str(run.folder),
         "images": str(images),
         "normal": "held out by the run" if normal is None else str(normal),
         "folder": str(folder),
-        "model": {"steps": judge.config.steps, "sha256": weights},
+        "model": {"steps": judge.config.steps, "sha256": run.checksum()},
         "settings": {"draws": draws, "features": features, "seed": seed},
         "deciding": deciding,
         "counts": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ class Run:
             raise RunError(f"{self.folder} has no model yet: finish it with introvae fit --resume {self.folder}")
         self.config()  # reading it imports a network of one's own
         return IntrospectiveVAE.from_pretrained(self.model_folder)
+
+    def checksum(self) -> str:
+        """SHA-256 of the trained model's weights, in hexadecimal digits."""
+        with open(self.model_folder / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def latest(self) -> tuple[IntrospectiveVAE, int]:
         """The model of the newest checkpoint, while the training goes on or after it: averaged weights, evaluation
