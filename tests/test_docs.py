@@ -115,6 +115,8 @@ def test_what_a_page_points_at_exists(page: Path) -> None:
     assert not re.search(r"\b(TODO|FIXME)\b", text)
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)", text):
         assert (page.parent / target).is_file(), target
+        if page.parent == DOCS and target.endswith(".md"):
+            assert "/" not in target, f"{target} is no page of the documentation: its build refuses the link"
     if page.stem in ("images", "numbers", "scaling"):  # the others name options of other commands, too
         for option in set(re.findall(r"`(--[a-z_-]+)", text)):
             assert known_option(option), f"{option} is no option"
