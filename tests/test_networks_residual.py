@@ -305,6 +305,20 @@ def test_each_name_makes_its_layers_and_one_shift_for_each(
     assert isinstance(make_linear(norm, 4, 4), EqualizedLinear) == (norm == "equalized")
 
 
+@pytest.mark.parametrize("channels", [16, 128])
+def test_group_normalisation_in_bf16_is_the_wide_one_rounded(channels: int) -> None:
+    norm = make_norm("group", channels)
+    x = torch.randn(2, channels, 8, 8).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, F.group_norm(x.float(), 8).to(torch.bfloat16))
+    found.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("place", NORM_PLACES)
 def test_a_block_is_the_papers_formula(place: str) -> None:
     torch.manual_seed(0)

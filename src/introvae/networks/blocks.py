@@ -81,6 +81,17 @@ class PixelNorm(OverChannels, nn.RMSNorm):  # pyright: ignore[reportIncompatible
             return F.rms_norm(input, self.normalized_shape, self.weight.to(input.dtype), self.eps)
 
 
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm`, quick on the CPU in bf16 too."""
+
+    def forward(self, input: Tensor) -> Tensor:  # [N, C, H, W]
+        rounded = input.dtype == torch.bfloat16 and input.device.type == "cpu"
+        if rounded and self.num_channels < 16 * self.num_groups:
+            # PyTorch's kernel takes three times as long here: a group's channels are fewer than a vector holds.
+            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input)
+
+
 class StandardizedConv2d(nn.Conv2d):
     """`nn.Conv2d` (stride 1, zeros around) whose filters have mean 0 and a learned size: no activation is touched.
 
@@ -130,7 +141,7 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     if norm == "pixel":
         return PixelNorm(channels)
     if norm == "group":
-        return nn.GroupNorm(math.gcd(8, channels), channels)
+        return GroupNorm(math.gcd(8, channels), channels)
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
