@@ -331,6 +331,25 @@ def test_a_recipe_by_name_by_file_recommended_or_none(command: Command, shelf: P
         assert resolved["objective"] == {"class_path": "VAE", "init_args": {"beta_rec": 1.0, "beta_kl": 0.25}}
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], ["--quiet", "--out", "run"]])
+def test_where_no_recipe_is_recommended_one_to_borrow_from_is_named(
+    command: Command, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--data", "density:rings", "--network", "tiny-mlp", "--steps", 2, *more]
+    said = command(*words, "--objective", "AGE")
+    assert (said.code, said.err) == (0, "")
+    assert "no recipe is recommended for AGE on density:rings" in said.out
+    assert "--recipe rings-vae lends" in said.out
+
+
+def test_where_a_recipe_is_recommended_or_chosen_none_is_lent(command: Command, shelf: Path) -> None:
+    for words in (["--objective", "VAE"], ["--objective", "AGE", "--recipe", "rings-vae"]):
+        said = command("fit", "--data", "density:rings", "--network", "tiny-mlp", *words, "--dry-run")
+        assert said.code == 0
+        assert "no recipe" not in said.out
+
+
 def test_recipes_lists_names_and_heads(command: Command, shelf: Path) -> None:
     said = command("recipes")
     assert (said.code, said.err) == (0, "")

@@ -919,7 +919,7 @@ def test_every_row_of_the_comparisons_that_come_with_the_package_builds_its_netw
 def test_rows_without_a_recipe_beside_ones_with_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "introvae"):
         from_words(["VAE", "SoftIntroVAE"], ["pictures"], 1)
-        from_words(["AGE", "IntroVAE"], ["pictures"], 1)
+        from_words(["AGE", "WGANGP"], ["pictures"], 1)
     assert not caplog.records
     with caplog.at_level("WARNING", "introvae"):
         from_words(["VAE", "AGE"], ["pictures"], 1)

@@ -56,6 +56,8 @@ HUB_WHOLE = {"celebahq256": 30_000, "celebahq1024": 30_000, "ffhq256": 70_000}
 """Images of the sets that have no test part there."""
 
 SHAPES = {
+    "images-asintrovae": (3, 64, 64),
+    "images-introvae": (3, 64, 64),
     "images-published": (3, 32, 32),
     "images-softintrovae": (3, 64, 64),
     "images-vae": (3, 64, 64),

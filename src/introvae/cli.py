@@ -16,6 +16,7 @@ from introvae.errors import ConfigError, IntrovaeError
 from introvae.machine import speaks
 
 if TYPE_CHECKING:
+    from introvae.training.config import FitConfig
     from introvae.training.loop import Trainer
     from introvae.training.run import Run
 
@@ -148,9 +149,12 @@ def _fit(words: list[str]) -> None:
         run = resume_fit(own.resume, wanted, progress=not own.quiet)
     else:
         wanted = settings.parse_config(rest, settings.recipe_files(own.recipe, rest))
+        note = _without_recipe(wanted) if own.recipe == "auto" else ""
         if own.dry_run:
             trainer = Trainer(wanted)
-            return _show(trainer) if speaks() else None
+            return _show(trainer, note) if speaks() else None
+        if note:
+            logging.getLogger("introvae").info(note)
         run = fit(wanted, progress=not own.quiet)
     if not speaks():  # of processes that trained together, the first measures and tells
         return None
@@ -158,9 +162,25 @@ def _fit(words: list[str]) -> None:
     return _report(run, device=wanted.device) if own.evaluate else None
 
 
-def _show(trainer: Trainer) -> None:
+def _without_recipe(config: FitConfig) -> str:
+    """What to know where no recipe is recommended for data and objective; empty where one is."""
+    from introvae.training.config import recommended_recipe
+
+    objective = type(config.objective).__name__
+    near = recommended_recipe(config.data, "VAE") or recommended_recipe(config.data, "SoftIntroVAE")
+    if near is None or recommended_recipe(config.data, objective):
+        return ""
+    return (
+        f"no recipe is recommended for {objective} on {config.data}, so what is not given has the defaults of fit; "
+        f"--recipe {near} lends its network, batch, rate and length"
+    )
+
+
+def _show(trainer: Trainer, note: str = "") -> None:
     print(trainer.config.to_yaml(), end="")
     print(f"\ndevice: {trainer.device}, precision {trainer.precision}")
+    if note:
+        print(note)
     print("\n".join(trainer.plan().sentences()))
     print(f"data: {trainer.data.name}, samples of shape {trainer.data.shape}")
     for name in ("encoder", "decoder"):
