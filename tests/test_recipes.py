@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,10 @@ from introvae.training.planner import Plan
 DOCS = Path(__file__).parent.parent / "docs" / "recipes.md"
 
 ALL = list_recipes()
-PAPERS = [name for name in ALL if name.endswith("-baseline") or (name.endswith("-published") and "density" not in name)]
-PAPERS.remove("images-published")
+OF_PAPERS = [name for name in ALL if name.endswith(("-baseline", "-published")) and name != "images-published"]
+PLANE = [name for name in OF_PAPERS if name.startswith("density-")]
+"""The papers' rows in the plane."""
+PAPERS = [name for name in OF_PAPERS if name not in PLANE]
 """The rows of the papers' tables on images; each names its data set on the hub."""
 
 SETS = {
@@ -155,6 +159,21 @@ def test_the_head_of_a_paper_s_row_tells_data_figure_length_and_cost(name: str) 
     if name.endswith("-published"):
         assert any("[0, 1]" in text for text in told.values()), "in which range of pixels the betas hold"
     assert ("published" in told["length"]) == (name not in STATED), "who chose the length"
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_the_head_of_a_row_in_the_plane_tells_figure_floor_length_and_cost(name: str) -> None:
+    ours, told = config(name), facts(name)
+    floor = {"8gaussians": "0.66/0.32", "2spirals": "6.80/3.14", "checkerboard": "17.06/8.10", "rings": "7.82/3.65"}
+    assert f"A perfect sampler has {floor[name.split('-')[1]]} (protocol soft_introvae" in told["expect"]
+    assert f"{ours.steps:,} steps" in told["length"]
+    assert (f"{ours.warmup.steps:,} of them as a VAE" in told["length"]) == (not isinstance(ours.objective, VAE))
+    assert f"{(ours.steps or 0) * ours.batch_size / 1e6:.0f} million points" in told["cost"]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "images-softintrovae"])
+def test_every_head_tells_the_cost(name: str) -> None:
+    assert re.search(r"minute|second|hour|not measured", facts(name)["cost"])
 
 
 @pytest.mark.parametrize("data", HUB_WHOLE)
@@ -324,6 +343,46 @@ QUICK = ("mnist-softintrovae-published", "cifar10-vae-baseline", "mnist-wgangp-b
 """Of which the planner is asked in every test; of the others in the slow ones."""
 
 
+@cache
+def recipe_cost() -> ModuleType:
+    """benchmarks/recipe_cost.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS.parents[1] / "benchmarks"))
+        return importlib.import_module("recipe_cost")
+
+
+COSTS = re.compile(
+    r"([\d.,]+) million images, ([\d.,]+) EFLOP \(([\d.,]+) hours at 30 TFLOP/s\), ([\d.,]+) million weights; "
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PAPERS])
+def test_the_cost_in_the_head_is_the_script_s(name: str) -> None:
+    told = COSTS.match(facts(name)["cost"])
+    assert told, facts(name)["cost"]
+    row = recipe_cost().row(name)
+    assert config(name).steps or f"{row['steps']} steps" in facts(name)["length"]
+    assert told.groups() == tuple(row[key] for key in ("million images", "EFLOP", "hours", "million weights"))
+
+
+def test_the_script_counts_what_the_layers_multiply(tmp_path: Path) -> None:
+    """A step of a VAE is three products of each layer, less the gradient by the data; a run is the sum of its steps."""
+
+    def flops(objective: str, steps: int, warmup: int = 0) -> float:
+        path = tmp_path / "mine.yaml"
+        path.write_text(
+            f"data: density:rings\nobjective: {objective}\nnetwork: tiny-mlp\nlatent_dim: 2\nbatch_size: 8\n"
+            f"steps: {steps}\nwarmup: {{steps: {warmup}}}\n"
+        )
+        return recipe_cost().cost(str(path)).flops
+
+    model = IntrospectiveVAE.build((2,), "tiny-mlp", 2)
+    layers = [p.numel() for p in (*model.encoder.parameters(), *model.decoder.parameters()) if p.ndim == 2]
+    assert flops("VAE", 10) == 10 * 2 * 8 * (3 * sum(layers) - layers[0])
+    assert flops("SoftIntroVAE", 10, warmup=4) == pytest.approx(flops("VAE", 4) + flops("SoftIntroVAE", 6))
+    assert flops("SoftIntroVAE", 6) > 3 * flops("VAE", 6)
+
+
 def planned(name: str, precision: str) -> float:
     ours, (_, shape, _) = config(name), SETS[kind(name)]
     model = IntrospectiveVAE.build(shape, ours.network, ours.latent_dim or 0, **ours.network_options)
@@ -332,7 +391,7 @@ def planned(name: str, precision: str) -> float:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PAPERS])
 def test_the_memory_in_the_head_is_the_planner_s(name: str) -> None:
-    told = re.match(r"([\d.]+) and ([\d.]+) GiB of tensors in bf16 and float32", facts(name)["cost"])
+    told = re.search(r"([\d.]+) and ([\d.]+) GiB of tensors in bf16 and float32", facts(name)["cost"])
     assert told
     for said, precision in zip(told.groups(), ("bf16", "float32"), strict=True):
         assert planned(name, precision) == pytest.approx(float(said), rel=0.05, abs=0.051)
@@ -435,3 +494,6 @@ def test_the_page_lists_every_recipe() -> None:
             assert row[1:5] == [f"`{ours.data}`", str(ours.latent_dim), str(ours.batch_size), length]
             for figure in re.findall(r"\d+\.\d+", row[5]):
                 assert figure in facts(name)["expect"], f"{name}: {figure}"
+            told = COSTS.match(facts(name)["cost"])
+            assert told
+            assert row[7:] == list(told.groups())

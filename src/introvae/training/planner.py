@@ -71,11 +71,7 @@ class Plan:
         config = self.config
         objectives: list[tuple[Objective, bool]] = [(config.objective.at(p), False) for p in (0.0, 1.0)]
         model, fake = copy.deepcopy(self.model), FakeTensorMode()
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(fake.from_tensor(parameter.detach())))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, fake.from_tensor(buffer))
+        give_no_content(model, fake)
         with fake, _Live() as live:
             for tensor in model.state_dict().values():
                 live.count(tensor)
@@ -135,6 +131,15 @@ class Plan:
                 others = f"--accumulation {-(-self.config.batch_size // max(1, fits))} or {others}"
             said.append(f"it does not fit: take --batch_size {max(1, fits)}, {others}")
         return said
+
+
+def give_no_content(model: IntrospectiveVAE, fake: Any) -> None:
+    """Replace all weights and buffers by tensors of a `FakeTensorMode`, which have shapes and no content, in place."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(fake.from_tensor(parameter.detach())))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, fake.from_tensor(buffer))
 
 
 class _Live(TorchDispatchMode):
