@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import textbook
-from introvae import ConfigError, FitConfig, IntrospectiveStep, SoftIntroVAE, fit
+from introvae import ConfigError, FitConfig, IntrospectiveStep, IntrospectiveVAE, SoftIntroVAE, fit
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.loop import Trainer
 from test_runs import assert_same_run, last_state, rewound, small, vectors
@@ -107,6 +107,26 @@ def test_the_target_stays_until_it_is_renewed(network: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert places == [weight.data_ptr() for weight in step.target.parameters()]
     assert not any(weight.requires_grad for weight in step.target.parameters())
+
+
+@pytest.mark.slow
+def test_a_step_with_a_target_at_the_published_widths_at_128_pixels() -> None:
+    torch.manual_seed(0)
+    model = IntrospectiveVAE.build((3, 128, 128), "conv", 128)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    objective = SoftIntroVAE(beta_kl=0.5, beta_neg=256.0, gamma_r=0.5, target_every=1)
+    step = IntrospectiveStep(model, objective)
+    record = step(torch.rand(2, 3, 128, 128))
+    assert all(value.isfinite() for value in record.values())
+    assert step.target is not None
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert (p != before[name]).any(), name
+    for name, kept in step.target.named_parameters():
+        assert torch.equal(kept, before[f"decoder.{name}"]), name
+    step.renew_target()
+    for ours, theirs in zip(step.target.parameters(), model.decoder.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_without_a_target_nothing_is_kept_for_it() -> None:

@@ -454,6 +454,22 @@ def test_a_memory_plan_counts_a_conditional_model() -> None:
     assert plans[0] > plans[1] + 4 * 1000 * 64 * 4  # weights, their average and Adam's two moments
 
 
+@pytest.mark.slow
+def test_a_conditional_step_with_the_published_widths_at_128_pixels() -> None:
+    torch.manual_seed(0)
+    model = IntrospectiveVAE.build((3, 128, 128), "conv", 128, classes=10)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = IntrospectiveStep(model, SoftIntroVAE(beta_kl=0.5, beta_neg=256.0))
+    record = step(torch.rand(2, 3, 128, 128), condition=torch.tensor([7, 2]))
+    assert all(value.isfinite() for value in record.values())
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert (p != before[name]).any(), name
+    z = torch.randn(1, 128).expand(2, -1)
+    of_seven, of_two = model.decode(z, torch.tensor([7, 2]))
+    assert (of_seven - of_two).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["vae", "soft"])
 def test_it_learns_what_the_classes_are(name: str) -> None:
     """Two Gaussians a hand's breadth apart: after 400 small steps nearly all samples are of the class asked for."""
