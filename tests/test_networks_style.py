@@ -454,6 +454,20 @@ def test_a_full_step_with_published_widths_at_64_pixels() -> None:
     assert moved == {name for name in before if "_rgb." not in name or "_rgb.4." in name}  # colours of the full level
 
 
+@pytest.mark.slow
+def test_a_step_in_the_midst_of_a_blend_with_published_widths_at_256_pixels() -> None:
+    torch.manual_seed(0)
+    model = IntrospectiveVAE.build((3, 256, 256), NAME, 512)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.grow(256, torch.tensor(0.5))
+    step = IntrospectiveStep(model, SoftIntroVAE(beta_rec=0.4, beta_kl=0.2, beta_neg=512, scale=5e-6), lr=1.5e-3)
+    record = step(torch.rand(2, 3, 256, 256))
+    assert all(value.isfinite() for value in record.values())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    blended = ("_rgb.5.", "_rgb.6.")  # colours of 128 and of 256 pixels
+    assert moved == {name for name in before if "_rgb." not in name or any(level in name for level in blended)}
+
+
 tiny = partial(build_style, width=1 / 128, style_dim=8, mapping=2)
 
 
