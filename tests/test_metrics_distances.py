@@ -12,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
 from introvae.errors import ConfigError
-from introvae.metrics import manifold
+from introvae.metrics import kernel, manifold
 from introvae.metrics.diversity import WEIGHTS, ms_ssim, ms_ssim_scales, ms_ssim_window
 from introvae.metrics.kernel import kernel_distances, polynomial_mmd
 from introvae.metrics.manifold import Manifold, expected_coverage, neighbourhoods, precision_recall
@@ -73,9 +73,22 @@ def test_kernel_distances_of_subsets():
     assert kernel_distances(x, y, torch.Generator(), subset=60) == [polynomial_mmd(x, y)]  # nothing to choose
 
 
+def test_the_kernel_distances_of_subsets_are_theirs_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    for n, m in ((60, 50), (15, 70), (70, 15)):  # a set below the size of a subset is taken whole
+        x, y = normal(n, 3), normal(m, 3, seed=1) + 1
+        found = kernel_distances(x, y, torch.Generator().manual_seed(3), subset=20, subsets=5)
+        draws = torch.Generator().manual_seed(3)
+        for distance in found:
+            ours, theirs = (points[torch.randperm(len(points), generator=draws)[:20]] for points in (x, y))
+            assert distance == pytest.approx(mmd_by_loops(ours.numpy(), theirs.numpy()), rel=1e-6)
+
+
 def test_kernel_distance_needs_two_points():
     with pytest.raises(ConfigError, match="1 samples have no kernel distance: give at least two"):
         polynomial_mmd(normal(1, 2), normal(5, 2))
+    with pytest.raises(ConfigError, match="1 samples have no kernel distance: give at least two"):
+        kernel_distances(normal(30, 2), normal(1, 2), torch.Generator(), subset=20)
 
 
 # --- neighbourhoods

@@ -9,6 +9,8 @@ from introvae.errors import ConfigError
 from introvae.metrics.exact import exact
 
 SUBSET, SUBSETS = 1000, 50
+BLOCK = 1024
+"""Rows of the kernel that are in memory at a time."""
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
@@ -24,12 +26,8 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
         >>> polynomial_mmd(torch.zeros(4, 2), torch.ones(4, 2))  # kernels 1, 8 and, between the sets, 1
         7.0
     """
-    for points in (x, y):
-        if len(points) < 2:
-            raise ConfigError(f"{len(points)} samples have no kernel distance: give at least two")
     x, y = exact(x), exact(y)
-    within = [(_kernel(a, a).sum() - _kernel_of_self(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)]
-    return float(within[0] + within[1] - 2 * _kernel(x, y).mean())
+    return _distances(x, y, x.new_ones(1, len(x)), y.new_ones(1, len(y)))[0]
 
 
 def kernel_distances(
@@ -57,10 +55,32 @@ def kernel_distances(
     """
     if max(len(x), len(y)) <= subset:
         return [polynomial_mmd(x, y)]
-    return [
-        polynomial_mmd(*(points[torch.randperm(len(points), generator=generator)[:subset]] for points in (x, y)))
-        for _ in range(subsets)
-    ]
+    x, y = exact(x), exact(y)
+    chosen = [points.new_zeros(subsets, len(points)) for points in (x, y)]
+    for index in range(subsets):
+        for marks in chosen:
+            marks[index, torch.randperm(marks.shape[1], generator=generator)[:subset]] = 1
+    return _distances(x, y, *chosen)
+
+
+def _distances(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> list[float]:
+    """The distance of each pair of subsets, whose points have a 1 in a row of `of_x` `[S, N]` and `of_y` `[S, M]`."""
+    sums = []
+    for points, marks in ((x, of_x), (y, of_y)):
+        count = marks.sum(dim=1)
+        if count.min() < 2:
+            raise ConfigError(f"{int(count.min())} samples have no kernel distance: give at least two")
+        sums.append((_sums(points, points, marks, marks) - marks @ _kernel_of_self(points)) / (count * (count - 1)))
+    between = _sums(x, y, of_x, of_y) / (of_x.sum(dim=1) * of_y.sum(dim=1))
+    return (sums[0] + sums[1] - 2 * between).tolist()
+
+
+def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+    """`[S]`: the kernel summed over the pairs of each two subsets. No pair is computed twice, whoever shares it."""
+    sums = x.new_zeros(len(of_x))
+    for rows, marks in zip(x.split(BLOCK), of_x.split(BLOCK, dim=1), strict=True):
+        sums += ((marks @ _kernel(rows, y)) * of_y).sum(dim=1)
+    return sums
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
