@@ -27,9 +27,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Two processes with one thread each: faster than one with two, and the same on any number of cores.
+# Two processes with one thread each: faster than one with two, and the same on any number of cores. A file's tests share
+# one of them, so that what they share (runs, processes) is made once.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # The studio in a real browser: Debian's chromium, installed where it is missing and may be. Without one it fails, unless
 # INTROVAE_NO_BROWSER=1 is given: then the tests that need one say so and are skipped.

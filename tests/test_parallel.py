@@ -31,8 +31,6 @@ from introvae.training.feed import Feed
 from parallel_worker import cases, own_rows, trained
 from test_runs import rewound, rows
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one worker: the processes of its fixtures are costly
-
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIGITS = [
     *("fit", "--data", "digits", "--recipe", "none", "--network", "tiny-conv", "--batch_size", "16", "--steps", "12"),
