@@ -25,7 +25,7 @@ from introvae.training.readback import Readback
 from test_step import CASES as OBJECTIVES
 from test_step import SOFT, build
 
-STEPS, BATCH = 20, 6
+STEPS, BATCH = 8, 6
 
 
 class Uncoupled(ASIntroVAE):
