@@ -29,6 +29,39 @@ pytestmark = pytest.mark.studio
 pytest.importorskip("gradio", reason="gradio is missing: the extra studio")
 PICTURES = os.environ.get("INTROVAE_SCREENSHOTS")
 """A folder in which the pictures of the documentation are left."""
+OFFLINE = """
+import os
+import sys
+
+HERE = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
+NAMED = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
+
+
+def refuse(event, arguments):
+    if event in NAMED:
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
+        host = arguments[1][0]  # other addresses are files of this machine
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in HERE:
+        with open(os.environ["INTROVAE_ASKED"], "a", encoding="utf-8") as file:
+            file.write(f"{event} {host}\\n")
+        raise OSError(f"no network: {event} {host}")
+
+
+sys.addaudithook(refuse)
+"""
+"""A sitecustomize.py: its process reaches no other machine, and leaves in $INTROVAE_ASKED which ones it asked for."""
+
+
+def without_network(asked: Path) -> dict[str, str]:
+    """The environment of a process that begins with `OFFLINE`, which lies beside the file of what was asked for."""
+    asked.touch()
+    (asked.parent / "sitecustomize.py").write_text(OFFLINE)
+    places = [str(asked.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "INTROVAE_ASKED": str(asked)}
 
 
 @dataclass
@@ -38,6 +71,7 @@ class Studio:
     address: str
     process: subprocess.Popen[str]
     said: Path
+    asked: Path
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +85,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def studio(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """Both runs' page, served by a process without a network."""
     said = tmp_path_factory.mktemp("said") / "studio.txt"
+    asked = said.with_name("asked.txt")
     words = [sys.executable, "-m", "introvae", "studio", *map(str, folders), "--port", "0"]
     with open(said, "w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, text=True)
+        environment = without_network(asked)
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
         try:
-            yield Studio(_address(process, said), process, said)
+            yield Studio(_address(process, said), process, said, asked)
         finally:
             process.terminate()
             process.wait(30)
@@ -74,7 +111,7 @@ def _address(process: subprocess.Popen[str], said: Path) -> str:
 
 @pytest.fixture
 def tab(browser: Any, studio: Studio) -> Iterator[Any]:
-    """The page, loaded; at the end nothing was asked of another machine, and no error was said in the console."""
+    """The page, loaded; at the end neither it nor its server asked another machine, and the console has no error."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     asked: list[str] = []
     complaints: list[str] = []
@@ -87,6 +124,7 @@ def tab(browser: Any, studio: Studio) -> Iterator[Any]:
     page.close()
     outside = [url for url in asked if not url.startswith((studio.address, "data:", "blob:"))]
     assert outside == []
+    assert studio.asked.read_text() == ""
     assert complaints == []
     assert "Traceback" not in studio.said.read_text()
 
@@ -283,6 +321,38 @@ def test_pages_of_other_names_are_not_answered(studio: Studio) -> None:
         policy = answer.headers["Content-Security-Policy"]
     assert "connect-src 'self'" in policy
     assert "http" not in policy
+
+
+def test_the_server_asks_no_other_machine(studio: Studio) -> None:
+    """Neither as it starts (gradio's counting of its users and its look for a new version do) nor for a page."""
+    for path in ("", "config", "gradio_api/info"):
+        assert status(f"{studio.address}{path}") == 200
+    time.sleep(1)  # gradio asks in threads of their own
+    assert studio.asked.read_text() == ""
+
+
+def test_a_process_without_a_network_reaches_itself_alone_and_what_it_asks_is_seen(
+    studio: Studio, tmp_path: Path
+) -> None:
+    code = f"""
+import socket
+from urllib.request import urlopen
+
+print(urlopen({studio.address!r}).status)
+for ask in (lambda: urlopen("http://introvae.example"), lambda: socket.socket().connect(("192.0.2.1", 80))):
+    try:
+        ask()
+    except OSError as error:
+        print(error)
+"""
+    asked = tmp_path / "asked.txt"
+    words, environment = [sys.executable, "-c", code], without_network(asked)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    answered, *errors = done.stdout.splitlines()
+    assert answered == "200"
+    assert len(errors) == 2
+    assert all("no network" in error for error in errors)
+    assert asked.read_text().splitlines() == ["socket.getaddrinfo introvae.example", "socket.connect 192.0.2.1"]
 
 
 def test_a_taken_port_is_said(studio: Studio, folders: list[Path]) -> None:
