@@ -77,11 +77,13 @@ def test_the_kernel_distances_of_subsets_are_theirs_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(kernel, "BLOCK", 16)
     for n, m in ((60, 50), (15, 70), (70, 15)):  # a set below the size of a subset is taken whole
         x, y = normal(n, 3), normal(m, 3, seed=1) + 1
-        found = kernel_distances(x, y, torch.Generator().manual_seed(3), subset=20, subsets=5)
-        draws = torch.Generator().manual_seed(3)
-        for distance in found:
-            ours, theirs = (points[torch.randperm(len(points), generator=draws)[:20]] for points in (x, y))
-            assert distance == pytest.approx(mmd_by_loops(ours.numpy(), theirs.numpy()), rel=1e-6)
+        for subsets in (15, 2):  # all at once, and one after the other
+            found = kernel_distances(x, y, torch.Generator().manual_seed(3), subset=20, subsets=subsets)
+            draws = torch.Generator().manual_seed(3)
+            assert len(found) == subsets
+            for distance in found:
+                ours, theirs = (points[torch.randperm(len(points), generator=draws)[:20]] for points in (x, y))
+                assert distance == pytest.approx(mmd_by_loops(ours.numpy(), theirs.numpy()), rel=1e-6)
 
 
 def test_kernel_distance_needs_two_points():

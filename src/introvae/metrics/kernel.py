@@ -56,10 +56,13 @@ def kernel_distances(
     if max(len(x), len(y)) <= subset:
         return [polynomial_mmd(x, y)]
     x, y = exact(x), exact(y)
+    drawn = [[torch.randperm(len(points), generator=generator)[:subset] for points in (x, y)] for _ in range(subsets)]
+    if max(len(x), len(y)) ** 2 > subsets * subset**2:  # subsets of large sets share few pairs
+        return [polynomial_mmd(x[ours], y[theirs]) for ours, theirs in drawn]
     chosen = [points.new_zeros(subsets, len(points)) for points in (x, y)]
-    for index in range(subsets):
-        for marks in chosen:
-            marks[index, torch.randperm(marks.shape[1], generator=generator)[:subset]] = 1
+    for row, both in enumerate(drawn):
+        for marks, rows in zip(chosen, both, strict=True):
+            marks[row, rows] = 1
     return _distances(x, y, *chosen)
 
 
