@@ -119,7 +119,7 @@ def build_conv(
     *,
     channels: Sequence[int] | None = None,
     width: float = 1.0,
-    norm: str = "layer",
+    norm: str = "pixel",
     stride: int | str = 1,
     coarse: int = 0,
     upsample: str = "nearest",
@@ -130,8 +130,8 @@ def build_conv(
         channels: widths from the largest resolution to the smallest, one for each halving of the side; the default
             takes the published widths down to 4 ... 7 pixels.
         width: factor on the published widths, where `channels` is not given; 0.5 costs a quarter of the time.
-        norm: "layer" (over the channels of each position; the default, independent of the batch), "pixel" (the same
-            by the root mean square alone), "group", "batch" (as published; its evaluation mode differs from its
+        norm: "pixel" (by the root mean square over the channels of each position; the default, independent of the
+            batch), "layer" (their mean is taken away, too), "group", "batch" (as published; its evaluation mode differs from its
             training mode) or "none"; of the weights instead of the activations: "weight" (standardised filters) or
             "equalized" (no normalisation, but an equalised learning rate in every layer; the rate is then in units of
             the weights' own size, Progressive GAN takes 1e-3).

@@ -20,7 +20,7 @@ def build_residual(
     *,
     channels: Sequence[int] | None = None,
     width: float = 1.0,
-    norm: str = "layer",
+    norm: str = "pixel",
     norm_place: str = "after",
 ) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder for square images of `shape` (C, S, S) with 1 or 3 channels, S = 8, 16, 32, ... 1024.
@@ -40,8 +40,8 @@ def build_residual(
             default the published ones: 64, 128, 256, 512, 512, 512 at 256 px and the first of them below; 512 px put 32
             in front, 1024 px 16 and 32.
         width: factor on the published widths, where `channels` is not given.
-        norm: as for `conv`: "layer" (the default, independent of the batch), "group", "batch" (as published), "none",
-            "pixel", "weight" or "equalized".
+        norm: as for `conv`: "pixel" (the default, independent of the batch), "layer", "group", "batch" (as published),
+            "none", "weight" or "equalized".
         norm_place: "after" the addition, as IntroVAE, or "before", as Soft-IntroVAE. "after" keeps the size of signals
             the same through any depth; "before" leaves the way past the blocks free. Without effect for "none",
             "weight" and "equalized", which normalise no activations.
