@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ def test_what_has_a_square_is_found_and_where_it_is(home: Path, report: dict[str
     assert metrics["auroc_neg_elbo"]["value"] > 0.95
     assert metrics["pixel_auroc"]["value"] > 0.85
     assert 0 < metrics["dice"]["value"] <= metrics["best_dice"]["value"] + 1e-9
+    for name in ("pixel_auroc", "dice", "best_dice"):
+        assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"]
+        assert metrics[name]["protocol"].endswith("95 % interval of 500 bootstraps of whole images")
     kinds = [
         torch.tensor([float(row["neg_elbo"]) for row in rows if row["label"] == label], dtype=torch.float64)
         for label in "01"
@@ -511,7 +515,29 @@ def test_masks_of_scans_are_volumes_or_pictures_of_slices(home: Path, tmp_path: 
     assert [row["file"] for row in rows] == [f"s{i}.nii.gz slice {n}" for i in range(4) for n in range(14)]
     marked = {row["file"] for row in rows if row["label"] == "1"}
     assert marked == {f"s{i}.nii.gz slice {n}" for i in (0, 1) for n in (4, 5, 6)} | {"s2.nii.gz slice 3"}
-    assert "pixel_auroc" in report["metrics"]
+    assert report["metrics"]["pixel_auroc"]["protocol"].endswith("bootstraps of whole scans")
+
+
+@pytest.mark.parametrize("kept", [range(200, 230), ()])
+def test_masks_of_one_image_give_no_interval_and_say_so(
+    home: Path, tmp_path: Path, command: Command, kept: Sequence[int]
+) -> None:
+    why = "fewer than two images with marked pixels"
+    for i in (*kept, 300):
+        source = home / "new" / ("out" if i == 300 else "in") / f"{i}.png"
+        (tmp_path / "new").mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / "new")
+    (tmp_path / "masks").mkdir()
+    shutil.copy(home / "masks" / "out" / "300_mask.png", tmp_path / "masks")
+    words = ["--images", tmp_path / "new", "--masks", tmp_path / "masks", "--out", tmp_path / "found", "--maps", 0]
+    said = command("detect", home / "run", *words)
+    assert said.code == 0, said.err
+    metrics = json.loads((tmp_path / "found" / "report.json").read_text())["metrics"]
+    for name in ("pixel_auroc", "dice", "best_dice"):
+        assert metrics[name]["no_interval"] == why
+        assert "low" not in metrics[name]
+    assert said.out.count(f"(no interval: {why})") == 3
+    assert f"none: {why}</td>" in (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
 
 
 def masks_of(folder: Path, size: tuple[int, int], **settings: Any) -> Masks:

@@ -21,7 +21,7 @@ from commands import REMEDY
 from introvae.errors import CheckpointError, ConfigError, DataError
 from introvae.metrics.detection import METRICS, ROC_POINTS, Interval, calibrate, detection_metrics, roc_curve
 from introvae.metrics.mahalanobis import Mahalanobis
-from introvae.metrics.pixel_curve import MANTISSA, PixelCurve
+from introvae.metrics.pixel_curve import DRAWS, MANTISSA, PixelCurve
 
 PHI = torch.special.ndtr
 
@@ -606,3 +606,110 @@ def test_masks_of_one_kind_have_no_auroc() -> None:
     with pytest.raises(DataError, match="all masks are empty"):
         _ = empty.best_dice
     assert full.dice(0.0) == 1.0
+
+
+def patients(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Maps and masks of `n` images of 16 pixels; how hot a lesion is differs from image to image, half have one."""
+    shape, its = (n, 16, 16), generator(seed)
+    masks = torch.zeros(shape, dtype=torch.bool)
+    masks[::2, 4:9, 4:9] = True
+    hot = torch.rand(n, 1, 1, generator=its, dtype=torch.float64) * 2
+    return (torch.randn(shape, generator=its, dtype=torch.float64) + hot * masks).exp(), masks
+
+
+def with_draws(
+    maps: Tensor, masks: Tensor, batch: int = 100, groups: list[int] | None = None, draws: int = DRAWS
+) -> PixelCurve:
+    found = PixelCurve(draws)
+    for start in range(0, len(maps), batch):
+        part = slice(start, start + batch)
+        found.update(maps[part], masks[part], None if groups is None else groups[part])
+    return found
+
+
+def intervals_of(curve: PixelCurve, threshold: float = 2.0) -> list[Interval]:
+    found = [curve.auroc_interval(), curve.dice_interval(threshold), curve.best_dice_interval()]
+    return [interval for interval in found if interval is not None]
+
+
+def drawn_directly(maps: Tensor, masks: Tensor, weights: Tensor, threshold: float = 2.0) -> Tensor:
+    """AUROC, Dice and best Dice of the images repeated as often as each row of weights says, `[draws, 3]`."""
+    rows = []
+    for repeats in weights.long():
+        x, marked = (part.repeat_interleave(repeats, dim=0).flatten() for part in (maps, masks))
+        if not marked.any() or marked.all():
+            continue
+        precision, recall, _ = sklearn.metrics.precision_recall_curve(marked.numpy(), x.numpy())
+        dice = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        auroc = sklearn.metrics.roc_auc_score(marked.numpy(), x.numpy())
+        rows.append([auroc, dice_of(x, marked, threshold), dice.max()])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_the_pixels_intervals_are_the_percentiles_of_the_images_drawn_directly(n: int) -> None:
+    maps, masks = patients(n)
+    its = generator()
+    weights = torch.stack([torch.poisson(torch.ones(80, dtype=torch.float64), its) for _ in range(n)], dim=1)
+    direct = drawn_directly(maps, masks, weights)
+    low, high = direct.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    curve = with_draws(maps, masks, draws=80)
+    found = intervals_of(curve)
+    assert [interval.value for interval in found] == [curve.auroc, curve.dice(2.0), curve.best_dice.value]
+    assert [interval.low for interval in found] == pytest.approx(low, abs=0.004)
+    assert [interval.high for interval in found] == pytest.approx(high, abs=0.004)
+
+
+def test_the_pixels_intervals_are_those_of_a_bootstrap_of_as_many_images() -> None:
+    maps, masks = patients(40)
+    drawn = torch.randint(40, (100, 40), generator=generator(1))
+    direct = drawn_directly(maps, masks, torch.stack([row.bincount(minlength=40) for row in drawn]))
+    spread = 2 * 1.96 * direct.std(dim=0)
+    for interval, width in zip(intervals_of(with_draws(maps, masks)), spread.tolist(), strict=True):
+        assert interval.low < interval.value < interval.high
+        assert interval.high - interval.low == pytest.approx(width, rel=0.2)
+
+
+def test_the_pixels_intervals_hold_the_truth_about_as_often_as_they_say_and_widen_with_fewer_images() -> None:
+    maps, masks = patients(1000, seed=9)
+    truth, found = curve_of(maps, masks).auroc, {}
+    for n in (10, 40):
+        parts = [slice(start, start + n) for start in range(0, 25 * n, n)]
+        intervals = [with_draws(maps[part], masks[part]).auroc_interval() for part in parts]
+        found[n] = [interval for interval in intervals if interval is not None]
+    assert sum(interval.low <= truth <= interval.high for interval in found[40]) >= 21
+    few, many = (sum(interval.high - interval.low for interval in found[n]) for n in (10, 40))
+    assert few > 1.6 * many
+
+
+def test_the_pixels_intervals_do_not_depend_on_the_batches_and_groups_are_drawn_together() -> None:
+    maps, masks = patients(12)
+    whole = intervals_of(with_draws(maps, masks))
+    assert all(intervals_of(with_draws(maps, masks, batch)) == whole for batch in (1, 5))
+    # Four copies of an image say no more than the image.
+    copies, marks = maps.repeat_interleave(4, dim=0), masks.repeat_interleave(4, dim=0)
+    groups = [i // 4 for i in range(48)]
+    for batch in (3, 100):
+        assert intervals_of(with_draws(copies, marks, batch, groups)) == whole
+    apart, together = (intervals_of(with_draws(copies, marks, groups=which))[0] for which in (None, groups))
+    assert apart.high - apart.low < 0.7 * (together.high - together.low)
+
+
+def test_too_few_images_have_no_interval() -> None:
+    maps, masks = patients(12)
+    masks[2:] = False
+    one = with_draws(maps, masks)
+    assert one.groups == [12, 1]
+    full = torch.ones_like(masks)
+    full[0] = False
+    slices = with_draws(maps, patients(12)[1], groups=[0] * 12)
+    for curve in (one, with_draws(maps, full), with_draws(maps[:1], masks[:1]), slices):
+        assert intervals_of(curve) == []
+    masks[2, 0, 0] = True  # two with marks: draws with neither do not count
+    assert len(intervals_of(with_draws(maps, masks))) == 3
+    with pytest.raises(DataError, match="all masks are empty"):
+        with_draws(maps, torch.zeros_like(masks)).auroc_interval()
+    with pytest.raises(ConfigError, match="an interval needs draws"):
+        curve_of(maps, masks).auroc_interval()
+    with pytest.raises(DataError, match="2 groups for 12 maps: give one for each"):
+        PixelCurve(DRAWS).update(maps, masks, [1, 2])

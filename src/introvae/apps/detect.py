@@ -17,11 +17,12 @@ import torch
 from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, PICTURE, Found, Judge, Normal, Usual
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
+from introvae.data.scans import scan_of
 from introvae.data.sources import holds_parquet
 from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.files import write_atomically
 from introvae.metrics.detection import Threshold, detection_metrics
-from introvae.metrics.pixel_curve import PixelCurve
+from introvae.metrics.pixel_curve import DRAWS, PixelCurve
 from introvae.training.devices import pick_device
 from introvae.training.run import Run
 
@@ -87,7 +88,8 @@ def detect(
         What stands in report.json: "run", "images", "normal": what was compared; "model": training steps, and the
         checksum of the weights; "settings": draws, features, seed; "counts"; "scores": for each its
         meaning, threshold and that one's interval; "metrics": with labels or masks `auroc_SCORE`, `aupr_SCORE`,
-        `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, each with value, interval, n and protocol; "folder".
+        `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, `best_dice`, each with value, interval ("low" and "high", or
+        "no_interval": why there is none), n and protocol; "folder".
 
     Raises:
         ConfigError: an unknown score, or one that does not suit the data or the objective; a model of classes; numbers
@@ -126,7 +128,7 @@ def detect(
     opening = time.perf_counter() - started
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
     usual = judge.usual(normals) if mapped else None
-    pixels = PixelCurve() if truth.masks is not None else None
+    pixels = PixelCurve(DRAWS) if truth.masks is not None else None
     started = time.perf_counter()
     found = judge.search(chain([first], batches), truth, pixels)
     seconds = opening + time.perf_counter() - started
@@ -178,8 +180,10 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['scores'][report['deciding']]['threshold']:.5g}",
     ]
     for name, entry in report["metrics"].items():
-        interval = f"  ({entry['low']:.4f} to {entry['high']:.4f})" if "low" in entry else ""
-        lines.append(f"  {name:<32} {entry['value']:.4f}{interval}")
+        bounds = (
+            f"{entry['low']:.4f} to {entry['high']:.4f}" if "low" in entry else f"no interval: {entry['no_interval']}"
+        )
+        lines.append(f"  {name:<32} {entry['value']:.4f}  ({bounds})")
     return "\n".join(lines)
 
 
@@ -249,12 +253,20 @@ def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usu
         log.info("without the pixels' metrics: the masks need both, marked pixels and others")
     elif pixels is not None:
         best = pixels.best_dice
-        told["pixel_auroc"] = {"value": pixels.auroc, "n": n, "protocol": f"heat of all pixels of {n} images"}
         how = f"heat above {best.threshold:.4g}, the best threshold for these very images"
-        told["best_dice"] = {"value": best.value, "n": n, "protocol": how}
+        measured = {
+            "pixel_auroc": (pixels.auroc, pixels.auroc_interval(), f"heat of all pixels of {n} images"),
+            "best_dice": (best.value, pixels.best_dice_interval(), how),
+        }
         if usual is not None:
             how = f"heat above {usual.found:.4g}, which {1 - FOUND:.0%} of normal images' pixels exceed"
-            told["dice"] = {"value": pixels.dice(usual.found), "n": n, "protocol": how}
+            measured["dice"] = (pixels.dice(usual.found), pixels.dice_interval(usual.found), how)
+        units = "images" if scan_of(found.names[0]) is None else "scans"
+        few = f"fewer than two {units} with {'marked' if pixels.groups[1] < 2 else 'unmarked'} pixels"
+        for metric, (value, interval, how) in measured.items():
+            bounds = {"no_interval": few} if interval is None else {"low": interval.low, "high": interval.high}
+            how += "" if interval is None else f"; 95 % interval of {DRAWS} bootstraps of whole {units}"
+            told[metric] = {"value": value, **bounds, "n": n, "protocol": how}
     return told
 
 

@@ -18,6 +18,7 @@ from introvae.apps.scores import SCORES, score_images
 from introvae.apps.truth import Truth
 from introvae.data import ArrayData, Data, preparation_from
 from introvae.data.each import Reading, each
+from introvae.data.scans import scan_of
 from introvae.errors import ConfigError, DataError
 from introvae.evaluation import load_for
 from introvae.measures.entries import at_once
@@ -251,7 +252,8 @@ class Judge:
             scores = {} if x is None else {name: values.tolist() for name, values in self.score(x).items()}
             masks = None if truth.masks is None else [truth.masks.of(reading.name) for reading in able]
             if pixels is not None and x is not None and masks is not None:
-                pixels.update(self.heat(x), torch.stack(masks))
+                # Slices of a scan are alike: the intervals draw scans.
+                pixels.update(self.heat(x), torch.stack(masks), [scan_of(one.name) or one.name for one in able])
             row = 0
             for reading in batch:
                 if reading.x is None:
