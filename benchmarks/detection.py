@@ -1,4 +1,4 @@
-"""How well runs tell what does not belong, and where. Four measurements, each with `--json FILE`:
+"""How well runs tell what does not belong, and where. Five measurements, each with `--json FILE`:
 
 - `python benchmarks/detection.py sets RUN… --local DATA`: each score's AUROC for the run's held-out images against
   other sets of images (the folders of DATA, uniform noise, images of a single colour), all brought to the run's size
@@ -8,31 +8,40 @@
 - `python benchmarks/detection.py places RUN`: squares pasted into held-out images, patches blurred, patches swapped:
   the pixels' AUROC of each heat map;
 - `python benchmarks/detection.py speed RUN`: images a second for each score, over 10,000 made-up images, and the
-  process' memory.
+  process' memory;
+- `python benchmarks/detection.py folder RUN`: the whole command over a folder of 10,000 made-up PNG files, from its
+  call to its end: files read, thresholds set, `scores.csv` and the page written; by default, and with each score alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import progress, report
+from common import Contestant, compete, peak_bytes, progress, report
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from introvae import IntrospectiveVAE, Run, fit
+from introvae.apps.detect import DEFAULT
 from introvae.apps.explore import latents
 from introvae.apps.heatmaps import MAPS, overlay
 from introvae.apps.judge import betas_of
 from introvae.apps.local_map import SCALES, LocalMap
 from introvae.apps.scores import score_images, scores_for
+from introvae.cli import main as command
 from introvae.data import ArrayData, DataOptions, load_data, preparation_from
 from introvae.evaluation import load_for
 from introvae.metrics.detection import detection_metrics
@@ -281,11 +290,72 @@ def speed(words: argparse.Namespace) -> list[dict[str, Any]]:
     return cases
 
 
+# --- a folder
+
+
+def pictures(folder: Path, count: int, side: int, channels: int) -> Path:
+    """PNG files of squares and discs on noise, grey or in colour."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    rows, columns = np.mgrid[:side, :side]
+    for index in range(count):
+        picture = rng.normal(100, 15, (side, side, channels))
+        for round_ in (False, True):
+            row, column, reach = rng.uniform((0, 0, side / 16), (side, side, side / 4))
+            off = np.stack([rows - row, columns - column])
+            inside = (off**2).sum(0) < reach**2 if round_ else abs(off).max(0) < reach
+            picture[inside] = rng.uniform(0, 255, channels)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8).squeeze()).save(folder / f"{index:05d}.png")
+    return folder
+
+
+def contestant(setting: dict[str, Any]) -> None:
+    """Run the command once, and say what it took."""
+    before, begun = peak_bytes(), time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # what is said to the other side goes there
+        code = command(["detect", *setting["words"]])
+    seconds = time.perf_counter() - begun
+    if code:
+        raise SystemExit(code)
+    found = json.loads(Path(setting["out"], "report.json").read_text())
+    facts = {
+        "n": found["counts"]["scored"],
+        "seconds": seconds,
+        "images_per_second": found["counts"]["scored"] / seconds,
+        "images_per_second_of_the_search": found["images_per_second"],
+        "peak_mib_over_start": (peak_bytes() - before) / 2**20,
+    }
+    compete(lambda: None, torch.device("cpu"), facts)
+
+
+def folder(words: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for run in words.runs:
+            model, data, objective = opened(run)  # what the run was trained on is in the cache from now on
+            assert model.shape is not None
+            count = words.number or (200 if words.short else 10_000)
+            images = pictures(Path(temporary, run.name), count, words.side, model.shape[0])
+            names = scores_for(data.shape, objective.encodes)
+            every = [["--scores", name, "--maps", "0"] for name in (names[:1] if words.short else names)]
+            scores = ",".join(name for name in DEFAULT if name in names)
+            for options in ([], ["--scores", scores, "--maps", "0"], *every):
+                out = Path(temporary, "found")
+                given = [str(run), "--images", str(images), "--out", str(out), "--draws", str(words.draws), *options]
+                one = Contestant({"words": given, "out": str(out)})
+                case = {"case": f"{run.name}, {' '.join(options) or 'by default'}", "side": words.side}
+                cases.append({**case, "threads": torch.get_num_threads(), **one.facts})
+                one.end()
+                progress(str(cases[-1]))
+    return cases
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--json", type=Path, help="where to write the results")
     words.add_argument("--draws", type=int, default=64, help="latents an image for a likelihood (default: 64)")
-    kinds = words.add_subparsers(dest="what", required=True)
+    words.add_argument("--contestant", type=json.loads, help=argparse.SUPPRESS)
+    kinds = words.add_subparsers(dest="what")
     of_sets = kinds.add_parser("sets", help="against other sets of images")
     of_sets.add_argument("runs", nargs="+", type=Path)
     of_sets.add_argument("--local", type=Path, required=True, help="the folder that holds the sets' folders")
@@ -305,13 +375,22 @@ def main() -> None:
     of_speed.add_argument(
         "--number", type=int, default=10_000, help="images (default: 10,000; a tenth for likelihoods)"
     )
+    of_folder = kinds.add_parser("folder", help="the whole command over a folder of files")
+    of_folder.add_argument("runs", nargs="+", type=Path)
+    of_folder.add_argument("--number", type=int, help="PNG files (default: 10,000; short: 200)")
+    of_folder.add_argument("--side", type=int, default=64, help="their side in pixels (default: 64)")
+    of_folder.add_argument("--short", action="store_true", help="fewer files and scores, a minute or less")
     own = words.parse_args()
-    measured = {"sets": sets, "one-class": one_class, "places": places, "speed": speed}[own.what]
+    if own.contestant:
+        return contestant(own.contestant)
+    if own.what is None:
+        words.error("say what is measured: sets, one-class, places, speed or folder")
+    measured = {"sets": sets, "one-class": one_class, "places": places, "speed": speed, "folder": folder}[own.what]
     # What the scores' draws, all of seed 0, and the runs' training were; one-class trains its own.
     configs = {folder.name: Run.open(folder).config() for folder in getattr(own, "runs", [])}
     trained = {name: {**config.to_dict(), "data": Path(config.data).name} for name, config in configs.items()}
     trained |= {key: getattr(own, key) for key in ("objective", "recipe", "steps") if hasattr(own, key)}
-    report(measured(own), own.json, draws=own.draws, seed=0, trained=trained)
+    return report(measured(own), own.json, draws=own.draws, seed=0, trained=trained)
 
 
 if __name__ == "__main__":
