@@ -540,6 +540,58 @@ def test_masks_of_one_image_give_no_interval_and_say_so(
     assert f"none: {why}</td>" in (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
 
 
+def test_masks_among_the_images_are_not_searched(home: Path, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(home / "new" / "out", tmp_path / "new" / "out")
+    shutil.copytree(home / "masks", tmp_path / "new" / "masks")
+    report = detect(home / "run", tmp_path / "new", masks=tmp_path / "new" / "masks", maps=0, out=tmp_path / "found")
+    assert [row["file"] for row in table(tmp_path / "found")] == [f"out/{i}.png" for i in range(300, 312)]
+    assert report["metrics"]["pixel_auroc"]["n"] == 12
+    said = refused("detect", home / "run", "--images", tmp_path / "new", "--masks", tmp_path / "new")
+    assert "new holds the images, too: give the masks a folder of their own" in said
+
+
+def test_pixels_of_anomalous_images_without_a_mask_are_not_taken_for_normal(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(home / "masks", tmp_path / "masks")
+    for i in range(304, 312):
+        (tmp_path / "masks" / "out" / f"{i}_mask.png").unlink()
+    some = shutil.copytree(home / "new" / "in", tmp_path / "some" / "in").parent
+    for i in range(300, 304):
+        (some / "out").mkdir(exist_ok=True)
+        shutil.copy(home / "new" / "out" / f"{i}.png", some / "out")
+    words: dict[str, Any] = {"labels": home / "labels.csv", "masks": tmp_path / "masks", "maps": 0, "scores": ["error"]}
+    with caplog.at_level("INFO", "introvae"):
+        few = detect(home / "run", some, **words, out=tmp_path / "few")["metrics"]
+        assert "no image for 8 of the 42 labels, such as that of out/304.png" in caplog.text
+        caplog.clear()
+        shutil.copytree(home / "new" / "out", some / "out", dirs_exist_ok=True)
+        all_ = detect(home / "run", some, **words, out=tmp_path / "all")["metrics"]
+    assert "8 images are not in the pixels' metrics: they have no mask" in caplog.text
+    assert "no image for" not in caplog.text
+    assert all_["auroc_error"]["n"] == 42
+    assert few["pixel_auroc"]["n"] == all_["pixel_auroc"]["n"] == 34
+    for name in ("pixel_auroc", "dice", "best_dice"):
+        assert few[name]["value"] == pytest.approx(all_[name]["value"], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(10, 12, 28), (20, 24, 14)])
+def test_a_volume_on_another_grid_is_refused_though_it_has_the_slices(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    scan(tmp_path / "scans" / "t1.nii.gz", np.ones(GRID, np.int16))
+    scan(tmp_path / "masks" / "t1.nii.gz", np.ones(shape, np.int16))
+    preparation = Preparation((12, 10), 1, "stretch", slices="4:7")
+    told = rf"it has {shape[2]} slices of {shape[0]} x {shape[1]} pixels, its scan 14 slices of 10 x 12 pixels: give"
+    for images in (tmp_path / "scans", tmp_path / "scans" / "t1.nii.gz"):
+        with pytest.raises(DataError, match=told):
+            Masks(tmp_path / "masks", preparation, images).of("t1.nii.gz slice 5")
+
+
+def test_labels_of_scans_where_those_of_slices_are_needed_are_refused() -> None:
+    known = truth.Truth({"t1.nii.gz": True})
+    with pytest.raises(DataError, match=r"'t1\.nii\.gz'\) is one of the images' .*: give a row for each slice"):
+        known.check(["t1.nii.gz slice 0"])
+
+
 def masks_of(folder: Path, size: tuple[int, int], **settings: Any) -> Masks:
     return Masks(folder, Preparation(size, 1, "stretch", **settings))
 
@@ -595,7 +647,7 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     else:
         (tmp_path / name).write_bytes(b"no picture")
     image = name if name == "a.png" else f"{name} slice 0"
-    with pytest.raises(DataError, match=rf"the mask .*{name} cannot be read: "):
+    with pytest.raises(DataError, match=rf"the mask .*{name} cannot be used: "):
         masks_of(tmp_path, (8, 8)).of(image)
 
 

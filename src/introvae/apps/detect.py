@@ -67,7 +67,8 @@ def detect(
         normal: what is normal, like `images`; by default what the run held out (at most `NORMAL`).
         labels: a CSV of file names and 0 (normal) or 1 (anomalous); see `read_labels`.
         masks: a folder with masks of the anomalous pixels; see `Masks`. Without labels, an image with a mask is
-            anomalous and any other normal.
+            anomalous and any other normal. With labels, an image without a mask counts in the pixels' metrics if its
+            label says that it is normal. What lies in this folder is not searched.
         scores: names from `SCORES`; by default `DEFAULT`, without `latent` where the run's data are not there any more,
             and without those that need a posterior where the objective trains none (AGE).
         deciding: the score whose threshold makes the column `anomalous`; by default `neg_elbo`, or the first of them.
@@ -111,8 +112,11 @@ def detect(
     one_of(HEATMAPS, heatmap=kind)
     _check(scores, deciding, false_positive_rate, maps, draws, batch_size, seed)
     place, folder = pick_device(device), _folder(run, Path(images).expanduser(), out)
+    if masks is not None and Path(masks).resolve() == Path(images).expanduser().resolve():
+        raise ConfigError(f"{masks} holds the images, too: give the masks a folder of their own")
+    without = [folder, *([] if masks is None else [Path(masks)])]
     try:
-        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place, folder)
+        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place, without)
     except DataError as error:
         # What nobody asked for and needs the run's data is left out where these are gone.
         if normal is None or (asked and "latent" in scores) or heatmap == LOCAL:
@@ -120,8 +124,8 @@ def detect(
         log.info("without the score latent and the heat map local: %s", error)
         scores = [name for name in scores if name != "latent"]
         kind = "residual" if heatmap is None else heatmap
-        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place, folder)
-    truth = Truth.read(labels, masks, judge.model)
+        judge = Judge(run, scores, features, kind, draws, seed, batch_size, place, without)
+    truth = Truth.read(labels, masks, judge.model, Path(images).expanduser())
     started = time.perf_counter()
     batches = judge.read(images)
     first = next(batches, [])  # a source that cannot be opened is told before the thresholds' minutes
@@ -248,7 +252,9 @@ def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usu
             }
     if any(known is not None for known in found.truth) and not told:
         log.info("without AUROC and the like: they need images of both kinds, normal and anomalous, that were scored")
-    n = sum(not reason for reason in found.reasons)
+    n = found.masked
+    if pixels is not None and (untold := sum(not reason for reason in found.reasons) - n) > 0:
+        log.info("%d images are not in the pixels' metrics: they have no mask, and no label says normal", untold)
     if pixels is not None and not pixels.both:
         log.info("without the pixels' metrics: the masks need both, marked pixels and others")
     elif pixels is not None:

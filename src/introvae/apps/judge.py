@@ -55,12 +55,14 @@ class Found:
         names, reasons: of all; the reason is empty where it was scored.
         scores: of all, by name; NaN where it was not scored.
         truth: whether it is anomalous, None where nobody knows.
+        masked: how many have a mask, or are known to need none.
     """
 
     names: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
     truth: list[bool | None] = field(default_factory=list)
+    masked: int = 0
 
     def add(self, reading: Reading, scores: Mapping[str, float], truth: bool | None, reason: str = "") -> None:
         """One more image."""
@@ -106,7 +108,7 @@ class Normal:
 
 
 class Judge:
-    """A run's model, and all that its scores need; what lies in the folder `without` is never read."""
+    """A run's model, and all that its scores need; what lies in the folders `without` is never read."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class Judge:
         seed: int,
         batch_size: int | None,
         device: torch.device,
-        without: Path | None = None,
+        without: Sequence[Path] = (),
     ) -> None:
         self.config, self.model = run.config(), run.model().to(device).eval()
         kind, encodes = type(self.config.objective).__name__, self.config.objective.encodes
@@ -251,9 +253,12 @@ class Judge:
             x = torch.stack([reading.x for reading in able if reading.x is not None]) if able else None
             scores = {} if x is None else {name: values.tolist() for name, values in self.score(x).items()}
             masks = None if truth.masks is None else [truth.masks.of(reading.name) for reading in able]
-            if pixels is not None and x is not None and masks is not None:
+            known = [i for i, reading in enumerate(able) if truth.tells_pixels(reading.name)]
+            if pixels is not None and x is not None and masks is not None and known:
                 # Slices of a scan are alike: the intervals draw scans.
-                pixels.update(self.heat(x), torch.stack(masks), [scan_of(one.name) or one.name for one in able])
+                groups = [scan_of(able[i].name) or able[i].name for i in known]
+                pixels.update(self.heat(x[known]), torch.stack([masks[i] for i in known]), groups)
+                found.masked += len(known)
             row = 0
             for reading in batch:
                 if reading.x is None:
@@ -261,8 +266,8 @@ class Judge:
                     continue
                 its = {name: values[row] for name, values in scores.items()}
                 finite = all(abs(value) < float("inf") for value in its.values())
-                known = truth.of(reading.name, None if masks is None else masks[row])
-                found.add(reading, its, known, "" if finite else "a score is not finite")
+                anomalous = truth.of(reading.name, None if masks is None else masks[row])
+                found.add(reading, its, anomalous, "" if finite else "a score is not finite")
                 row += 1
         return found
 

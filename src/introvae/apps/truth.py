@@ -17,7 +17,7 @@ from introvae.data import preparation_from
 from introvae.data.images import strict_pillow
 from introvae.data.options import DataOptions
 from introvae.data.preparation import DEEP_MODES, Preparation, deep_values
-from introvae.data.scans import is_scan, scan_of, slices
+from introvae.data.scans import is_scan, scan_of, scan_size, slices
 from introvae.data.sources import Item, opened
 from introvae.data.survey import reason_of
 from introvae.errors import ConfigError, DataError, MissingExtraError
@@ -79,13 +79,14 @@ class Masks:
     Arguments:
         folder: of the masks.
         preparation: the images': a mask is brought to size as its image is, so that they fit.
+        images: the images' folder, or the file, in which a scan's size is looked up.
 
     Raises:
         DataError: no such folder, or a mask that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, preparation: Preparation) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, preparation: Preparation, images: Path | None = None) -> None:
+        self.folder, self.images = Path(folder), images
         if not self.folder.is_dir():
             raise DataError(f"there is no folder {folder}: give the one with the masks")
         # Not to be stretched to the images' window of grey values: each mask has its own, from 0 to its brightest.
@@ -103,11 +104,15 @@ class Masks:
     def __len__(self) -> int:
         return len(self.files)
 
-    def of(self, name: str) -> Tensor:
-        """The mask of the image or slice `name`, bool `[H, W]`."""
+    def key_of(self, name: str) -> str | None:
+        """The key in `files` of the mask of the image or slice `name`; None where it has none."""
         scan = scan_of(name)
         keys = [_key(name)] if scan is None else [name, _key(scan)]
-        key = next((key for key in keys if key in self.files), None)
+        return next((key for key in keys if key in self.files), None)
+
+    def of(self, name: str) -> Tensor:
+        """The mask of the image or slice `name`, bool `[H, W]`."""
+        scan, key = scan_of(name), self.key_of(name)
         if key is None:
             return torch.zeros(self.preparation.size, dtype=torch.bool)
         self.used.add(key)
@@ -119,7 +124,7 @@ class Masks:
         except MissingExtraError:
             raise
         except Exception as error:  # Pillow and nibabel have many types
-            raise DataError(f"the mask {file} cannot be read: {reason_of(error)}") from error
+            raise DataError(f"the mask {file} cannot be used: {reason_of(error)}") from error
         if name not in marked:
             raise DataError(f"the mask {file} has nothing for {name}: give a volume on the scan's own grid")
         return marked[name]
@@ -131,6 +136,10 @@ class Masks:
     def _slices(self, file: Path, scan: str) -> dict[str, Tensor]:
         # Slices of a scan come one after the other, so that one volume in memory is enough to read each once.
         if self._volume is None or self._volume[0] != file:
+            source = self.images / scan if self.images is not None and self.images.is_dir() else self.images
+            whole = DataOptions(axis=self.options.axis)
+            if source is not None and (its := scan_size(file, whole)) != (size := scan_size(source, whole)):
+                raise DataError(f"it has {_size(its)}, its scan {_size(size)}: give it on the scan's own grid")
             found = slices(scan, file, self.options, _marked)
             self._volume = file, {name: self._prepared(picture) for name, picture in found}
         return self._volume[1]
@@ -157,6 +166,11 @@ def _key(name: str, ending: str = "") -> str:
     return Path(name).with_suffix("").as_posix().removesuffix(ending)
 
 
+def _size(size: tuple[int, tuple[int, int]]) -> str:
+    """What `scan_size` gives, in words."""
+    return f"{size[0]} slices of {size[1][0]} x {size[1][1]} pixels"
+
+
 def _marked(values: np.ndarray) -> np.ndarray:
     """Which voxels of a mask are anomalous, as 0 and 1."""
     values = np.nan_to_num(values)  # some programs write NaN around the head
@@ -176,13 +190,17 @@ class Truth:
         self.labels, self.masks = labels, masks
 
     @classmethod
-    def read(cls, labels: str | Path | None, masks: str | Path | None, model: IntrospectiveVAE) -> Truth:
-        """From a file and a folder."""
+    def read(
+        cls, labels: str | Path | None, masks: str | Path | None, model: IntrospectiveVAE, images: Path | None = None
+    ) -> Truth:
+        """From a file and a folder, of what `images` holds."""
         preparation = preparation_from(model.config["data"]) if model.config else None
         if masks is not None and not isinstance(preparation, Preparation):
             raise ConfigError("masks need a model that was trained on pictures: leave --masks out")
         found = None if labels is None else read_labels(labels)
-        return cls(found, Masks(masks, preparation) if isinstance(preparation, Preparation) and masks else None)
+        if masks is None or not isinstance(preparation, Preparation):
+            return cls(found)
+        return cls(found, Masks(masks, preparation, images))
 
     def of(self, name: str, mask: Tensor | None) -> bool | None:
         """Whether an image is anomalous."""
@@ -190,13 +208,26 @@ class Truth:
             return self.labels.get(name)
         return None if mask is None else bool(mask.any())
 
+    def tells_pixels(self, name: str) -> bool:
+        """Whether the anomalous pixels of an image are known: it has a mask, or none because it is normal."""
+        if self.masks is None:
+            return False
+        return self.masks.key_of(name) is not None or self.labels is None or self.labels.get(name) is False
+
     def check(self, names: Sequence[str]) -> None:
         """Raise `DataError` where labels or masks fit none of these images: a folder or a naming that differs."""
-        if self.labels is not None and not self.labels.keys() & set(names):
+        elsewhere = sorted((self.labels or {}).keys() - set(names))
+        if self.labels is not None and len(elsewhere) == len(self.labels):
+            remedy = (
+                "give paths inside the images' folder" if scan_of(names[0]) is None else "give a row for each slice"
+            )
             raise DataError(
                 f"none of the {len(self.labels):,} names in the labels ({next(iter(self.labels), '')!r}) is one of the "
-                f"images' ({names[0]!r}): give paths inside the images' folder"
+                f"images' ({names[0]!r}): {remedy}"
             )
+        if elsewhere:
+            of = len(self.labels or {})
+            log.info("no image for %d of the %d labels, such as that of %s", len(elsewhere), of, elsewhere[0])
         if self.masks is not None and not self.masks.used:
             raise DataError(
                 f"none of the {len(self.masks):,} masks in {self.masks.folder} has the name of an image "

@@ -42,7 +42,7 @@ class Reading:
 
 
 def each(
-    source: str | Path, preparation: Preparation | TablePreparation | None, without: Path | None = None
+    source: str | Path, preparation: Preparation | TablePreparation | None, without: Sequence[Path] = ()
 ) -> Iterator[Reading]:
     """Everything that a source holds, in a stable order: files by name, rows of tables and arrays as they come.
 
@@ -53,7 +53,7 @@ def each(
     Arguments:
         source: as `--data` takes it.
         preparation: the model's, so that pictures are prepared as those it was trained on.
-        without: a folder whose files are left out, as if they were not there.
+        without: folders whose files are left out, as if they were not there.
 
     Raises:
         DataError: the source is unknown or cannot be opened.
@@ -113,12 +113,12 @@ def _holds_files(path: Path) -> bool:
     return (path.is_file() and path.suffix.lower() not in arrays) or (path.is_dir() and not holds_parquet(path))
 
 
-def _files(path: Path, preparation: Preparation, without: Path | None) -> Iterator[Reading]:
+def _files(path: Path, preparation: Preparation, without: Sequence[Path]) -> Iterator[Reading]:
     options = DataOptions(axis=preparation.axis, slices=preparation.slices)
     source = FolderSource(path, options)
-    whole, part = path.resolve(), without.resolve() if without is not None else None
-    inside = f"{part.relative_to(whole).as_posix()}/" if part is not None and whole in part.parents else None
-    wanted = (item for item in source.items() if inside is None or not item.name.startswith(inside))
+    whole, folders = path.resolve(), [folder.resolve() for folder in without]
+    inside = tuple(f"{folder.relative_to(whole).as_posix()}/" for folder in folders if whole in folder.parents)
+    wanted = (item for item in source.items() if not item.name.startswith(inside))
 
     def read(items: Sequence[Item]) -> list[Result]:
         return [read_item(item, options, preparation) for item in items]
