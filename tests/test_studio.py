@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -153,7 +154,11 @@ def _absolute(page: Any, address: str | None) -> str | None:
 
 def decoded(page: Any, key: str) -> np.ndarray:
     """A picture's pixels, as the browser got them."""
-    content = page.request.get(_absolute(page, shown(page, key))).body()
+    address = shown(page, key)
+    inline = address.startswith("data:image/png;base64,")
+    content = (
+        base64.b64decode(address.partition(",")[2]) if inline else page.request.get(_absolute(page, address)).body()
+    )
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
@@ -182,7 +187,8 @@ def test_samples_of_two_runs_side_by_side_follow_seed_and_truncation(tab: Any) -
     assert first[0].shape == first[1].shape
     assert (first[0] != first[1]).any()
     keep(tab, "samples")
-    after(tab, "samples-1", lambda: tab.locator("#another").click())
+    drawn = after(tab, "samples-1", lambda: tab.locator("#another").click())
+    assert drawn.startswith("data:image/png;base64,")  # in the answer itself: no file, and no second request for it
     other = decoded(tab, "samples-1")
     assert (other != first[1]).any()
     after(tab, "samples-1", lambda: tab.locator("#truncation input[type=range]").fill("0"))
