@@ -276,9 +276,15 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
     with gr.Tab("Samples"):
         with gr.Row():
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
-            number = gr.Slider(1, min(MOST_SAMPLES, 144), value=36, step=1, label="number")
+            number = gr.Slider(1, min(MOST_SAMPLES, 144), value=36, step=1, label="number", min_width=240)
             truncation = gr.Slider(
-                0, 1.5, value=1.0, step=0.05, label="truncation (1: as trained)", elem_id="truncation"
+                0,
+                1.5,
+                value=1.0,
+                step=0.05,
+                label="truncation (1: as trained)",
+                elem_id="truncation",
+                min_width=240,
             )
             label = _classes(gr, named, EVERY)
             another = gr.Button("another seed", elem_id="another")
@@ -364,7 +370,7 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
                     elem_id="scores",
                 )
                 compared = gr.Markdown()
-                latent = gr.Plot(label="latent", format="png")
+                latent = gr.Plot(label="latent", show_label=False, format="png")  # it would lie upon the title
                 with gr.Row():
                     by = gr.Dropdown(["latents", "pixels"], value="latents", label="nearest by")
                     nearest = gr.Button("nearest training images", elem_id="nearest")
@@ -375,6 +381,8 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
         for event in (tab.select, run.input, heat.input):
             event(_said(look), inputs, outputs)
         nearest.click(_said(near), [run, by, *picker], [neighbours, distances])
+        for event in (pictures[0].change, run.input, by.input):  # the neighbours that are shown are of what was meant
+            event(lambda: (None, ""), None, [neighbours, distances], show_progress="hidden", queue=False)
 
 
 def _between_tab(gr: Any, named: dict[str, View]) -> None:
@@ -386,7 +394,7 @@ def _between_tab(gr: Any, named: dict[str, View]) -> None:
     with gr.Tab("Between two images") as tab:
         with gr.Row():
             run = _chooser(gr, named)
-            steps = gr.Slider(2, 16, value=9, step=1, label="steps")
+            steps = gr.Slider(2, 16, value=9, step=1, label="steps", min_width=240)
             spherical = gr.Checkbox(False, label="along the great circle")
         sheet = _picture(gr, "From the one to the other, the images themselves at the ends.", "wide", elem_id="way")
         with gr.Row():
@@ -426,7 +434,7 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
             raise ConfigError("no image is chosen yet: choose one first")
         view = named[name]
         known = _source(view, "sample", None, 0, label).label
-        return view.moved(latent, dict(zip(chosen, values, strict=True)), known, way or None, strength)
+        return _inline(view.moved(latent, dict(zip(chosen, values, strict=True)), known, way or None, strength))
 
     with gr.Tab("Move in the latent space") as tab, gr.Row():
         with gr.Column(scale=1, min_width=260):
@@ -448,7 +456,15 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
             event(_said(begin), [run, *picker], started)
         inputs = [run, latent, chosen, picker[3], direction, strength, *sliders]
         for moved in (*sliders, direction, strength):
-            moved.input(_said(move), inputs, picture, trigger_mode="always_last", show_progress="hidden")
+            moved.input(
+                _said(move),
+                inputs,
+                picture,
+                trigger_mode="always_last",
+                show_progress="hidden",
+                queue=False,
+                postprocess=False,
+            )
 
 
 def _training_tab(gr: Any, named: dict[str, View]) -> None:
@@ -466,7 +482,7 @@ def _training_tab(gr: Any, named: dict[str, View]) -> None:
 
     with gr.Tab("Training") as tab:
         run, progress = _chooser(gr, named), gr.Markdown()
-        curves, known = gr.Plot(label="curves", format="png"), gr.State("")
+        curves, known = gr.Plot(label="curves", show_label=False, format="png"), gr.State("")
         outputs = [progress, curves, known]
         for event in (tab.select, run.input):
             event(_said(look), run, outputs)
