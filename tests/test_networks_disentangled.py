@@ -36,7 +36,7 @@ from introvae import (
 from introvae.apps.translate import translate
 from introvae.data import ArrayData
 from introvae.exchange import read_samples
-from introvae.gaussian import lent_within
+from introvae.gaussian import dependence, lent_within
 from introvae.networks.disentangled import class_dim
 from introvae.parallel import Alone
 from introvae.pictures import to_pil
@@ -315,6 +315,96 @@ def test_a_paired_run_decodes_the_prior_s_content_in_the_first_half_of_the_warm_
     assert told(VAE(), 0) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert told(SoftIntroVAE(), 4) == [0, 0, 1, 1, 1, 1, 1, 1]
     assert told(SoftIntroVAE(), 0) == [1] * 8
+
+
+def song(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased HSIC of two kernel matrices, as Song et al. 2012, Eq. 5, write it."""
+    n, ones = len(a), torch.ones(len(a), 1, dtype=a.dtype)
+    a, b = a - a.diag().diag(), b - b.diag().diag()
+    product = (ones.T @ a @ ones) * (ones.T @ b @ ones) / ((n - 1) * (n - 2))
+    return ((a @ b).trace() + product - 2 / (n - 2) * (ones.T @ a @ b @ ones)).squeeze() / (n * (n - 3))
+
+
+def test_dependence_is_the_unbiased_hsic_over_that_of_the_groups() -> None:
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squared = torch.cdist(z, z).square()
+    alike = 0.5 * (0.9 / (0.9 + squared) + 3 / (3 + squared))
+    same = (GROUPS[:, None] == GROUPS[None]).double()
+    torch.testing.assert_close(dependence(z, GROUPS), song(alike, same) / song(same, same))
+
+
+def test_dependence_is_nothing_on_average_for_independent_latents_whatever_the_sizes_of_the_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    unequal = torch.tensor([0.6, 0.3, 0.1])
+    found = []
+    for _ in range(400):
+        groups = torch.multinomial(unequal, 32, replacement=True, generator=generator)
+        z = torch.randn(32, 2, generator=generator)
+        spread = z * torch.tensor([0.5, 1.0, 2.0])[groups][:, None]  # equal means: only the shape tells
+        found.append(torch.stack([dependence(z, groups), dependence(spread, groups)]))
+    free, told = torch.stack(found).T
+    error = float(free.std()) / 400**0.5
+    assert abs(float(free.mean())) < 4 * error
+    assert float(told.mean()) > 8 * error
+
+
+@pytest.mark.parametrize("groups", [[1] * 32, list(range(32)), [0, 1, 1]], ids=["one", "each", "few"])
+def test_dependence_is_nothing_where_nothing_can_be_compared(groups: list[int]) -> None:
+    z = torch.randn(len(groups), 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = dependence(z, torch.tensor(groups))
+    found.backward()
+    assert abs(float(found.detach())) < 1e-3
+    assert z.grad is not None
+    assert z.grad.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("case", ["vae", "warm-up", "introvae", "soft", "as-real"])
+def test_independence_adds_its_gradient_to_the_content_encoder_s_alone(case: str) -> None:
+    adversarial = CASES[case][0](**CASES[case][2]) if case in CASES else SoftIntroVAE(beta_neg=1.0)
+    objective = VAE() if case == "vae" else adversarial
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(6, 1, 8, 8, generator=generator, dtype=torch.float64)
+    noise = Noise.draw(6, 3, generator, dtype=torch.float64)
+    gradients = []
+    for weight in (0.0, 7.0):
+        model = build((1, 8, 8), latent_dim=3, class_dim=1, channels=[4], hidden=8).double()
+        values = {name: torch.tensor(v, dtype=torch.float64) for name, v in objective.values().items()}
+        # The encoder rests, so that the decoder's phase is the same.
+        step = IntrospectiveStep(model, objective, warmup=Warmup(1), lr=1e-300, lent=1, independence=weight)
+        seen = capture(step)
+        step(x, noise, values, warming=case == "warm-up", condition=GROUPS)
+        gradients.append(seen)
+    content = lent_within(model.encode(x), GROUPS, 1)[0].sample(noise.real)[:, 1:]
+    told = 7 * objective.scale_of(x) * dependence(content, GROUPS)
+    expected = torch.autograd.grad(told, list(model.encoder.parameters()), allow_unused=True, materialize_grads=True)
+    moved = 0.0
+    for (name, _), before, after, more in zip(
+        model.encoder.named_parameters(), gradients[0]["encoder"], gradients[1]["encoder"], expected, strict=True
+    ):
+        torch.testing.assert_close(after - before, more, rtol=1e-6, atol=1e-12)
+        if name.startswith("class"):
+            assert torch.equal(after, before)
+        moved += float(more.abs().sum())
+    assert moved > 1e-3
+    for before, after in zip(gradients[0]["decoder"], gradients[1]["decoder"], strict=True):
+        assert torch.equal(after, before)
+
+
+def test_independence_is_of_latents_that_are_not_lent() -> None:
+    with pytest.raises(ConfigError, match="lend some, or leave it out"):
+        IntrospectiveStep(build(), VAE(), independence=1.0)
+    with pytest.raises(ConfigError, match="independence is -1"):
+        IntrospectiveStep(build(), VAE(), lent=2, independence=-1.0)
+    with pytest.raises(ConfigError, match="take paired, or leave it out"):
+        FitConfig(independence=1.0)
+    with pytest.raises(ConfigError, match="independence is -1"):
+        FitConfig(paired=True, independence=-1.0)
+
+
+def test_a_run_s_independence_reaches_its_step() -> None:
+    settings: dict[str, Any] = {"network": "tiny-disentangled", "latent_dim": 4, "batch_size": 16, "steps": 1}
+    trainer = Trainer(FitConfig(**settings, paired=True, independence=3.0), pictures())
+    assert trainer.players.independence == 3.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_lending_needs_groups_and_whole_batches() -> None:

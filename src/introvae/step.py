@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from introvae.augment import Augmentation
-from introvae.errors import ConfigError, DataError
-from introvae.gaussian import DiagonalGaussian, lent_within
+from introvae.errors import ConfigError, DataError, not_negative
+from introvae.gaussian import DiagonalGaussian, dependence, lent_within
 from introvae.model import IntrospectiveVAE, squared_error
 from introvae.objectives import Judged, Objective, Values, Warmup
 from introvae.parallel import Alone
@@ -105,7 +105,11 @@ class IntrospectiveStep(Players):
         capturable: bool = False,
         augment: Augmentation | None = None,
         lent: int = 0,
+        independence: float = 0.0,
     ) -> None:
+        not_negative(independence=independence)
+        if independence and not lent:
+            raise ConfigError("independence is of the latents that are not lent: lend some, or leave it out")
         if lent and (accumulation > 1 or (peers is not None and peers.count > 1)):
             raise ConfigError(
                 "the images of a whole batch lend each other latents: take accumulation 1 and one process, or leave "
@@ -123,7 +127,7 @@ class IntrospectiveStep(Players):
             capturable=capturable,
             augment=augment,
         )
-        self.share, self.lent = share, lent
+        self.share, self.lent, self.independence = share, lent, independence
         self.target = _copied(model.decoder) if objective.target_lag else None
         # Batch statistics would mix reconstructions and samples: such networks see them one after the other.
         self.one_batch = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -177,10 +181,10 @@ class IntrospectiveStep(Players):
 
     def _joint(self, parts: list[Part], values: Values, warming: bool) -> dict[str, Tensor]:
         records = []
-        for plain, noise, condition in parts:
+        for plain, noise, groups in parts:
             x = self._shown(plain, noise, 0)
             with self._autocast(x):
-                posterior, weight, condition = self._posterior(x, condition)
+                posterior, weight, condition = self._posterior(x, groups)
                 z = posterior.sample(noise.real)
                 if self.lent and OWN in values:
                     z = torch.cat(
@@ -193,7 +197,7 @@ class IntrospectiveStep(Players):
             else:
                 real = self._of_all(real)
                 loss = self.objective.encoder_loss(real, (), values)
-            self._backward(loss, self.encoder_params + self.decoder_params)
+            self._backward(self._independent(loss, real, groups), self.encoder_params + self.decoder_params)
             records.append(_record(self.objective, real, (), loss, loss))
         self._update(self.encoder_optimizer, self.encoder_params)
         self._update(self.decoder_optimizer, self.decoder_params)
@@ -222,10 +226,10 @@ class IntrospectiveStep(Players):
 
     def _for_encoder(self, part: Part, values: Values) -> _Seen:
         """The encoder's gradients; fakes are given."""
-        objective, (plain, noise, condition) = self.objective, part
+        objective, (plain, noise, groups) = self.objective, part
         x = self._shown(plain, noise, 0)
         with self._autocast(x):
-            posterior, weight, condition = self._posterior(x, condition)
+            posterior, weight, condition = self._posterior(x, groups)
             z = self._latent(posterior, noise.real)
             # The decoder's graph starts at a leaf, so that it survives the encoder's update and serves both phases.
             leaf = z.detach().requires_grad_()
@@ -240,7 +244,7 @@ class IntrospectiveStep(Players):
         # The reconstruction's gradient comes back through the decoder to the leaf, and from there goes into the
         # encoder, together with all its other terms, in one backward pass.
         (into_z,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-        self._backward(loss + (z * into_z).sum(), self.encoder_params)
+        self._backward(self._independent(loss + (z * into_z).sum(), real, groups), self.encoder_params)
         kept = (reconstruction, sample) if self.share and self.accumulation == 1 else None
         record = {**_record(objective, real, judged, loss, None), **_apart(plain, *decoded)}
         return _Seen(x, leaf.detach(), posterior.detach(), weight, kept, record)
@@ -311,6 +315,13 @@ class IntrospectiveStep(Players):
         if condition is None:
             raise DataError("latents are lent within groups: give the step the group of each sample as its condition")
         return *lent_within(self.model.encode(x), condition, self.lent), None
+
+    def _independent(self, loss: Tensor, real: Judged, groups: Tensor | None) -> Tensor:
+        """The encoder's loss, and what its latents that are not lent tell of the groups."""
+        if not self.independence or groups is None:
+            return loss
+        weight = self.independence * self.objective.scale_of(real.x)
+        return loss + weight * dependence(real.z[:, self.lent :], groups)
 
     def fake_kls(self, x: Tensor, noise: Noise, condition: Tensor | None = None) -> dict[str, Tensor]:
         """The KLs of the fakes that a step without fakes would make of each sample's own latents, for the log."""

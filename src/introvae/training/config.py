@@ -79,6 +79,7 @@ class FitConfig(DataOptions):
         conditional: tell both networks the class of each sample; all samples must be labelled (docs/conditional.md).
         paired: let the images of a class in a batch lend each other their class latents, so that these hold what the
             class has in common (network disentangled, labelled data, one process; docs/translate.md).
+        independence: with paired, weight of what the other latents tell of the class, which the encoder minimises.
         guard: act (recognise a training that goes wrong, go back to a good state, change one thing), warn (only say it)
             or off; docs/training.md tells what it recognises.
         gradient_every: steps between two lines of the log that tell the norm of the decoder's adversarial gradient, a
@@ -126,6 +127,7 @@ class FitConfig(DataOptions):
     augment_probability: float = 0.8
     conditional: bool = False
     paired: bool = False
+    independence: float = 0.0
     guard: str = "act"
     gradient_every: int = 0
     tracker: str = ""
@@ -173,6 +175,9 @@ class FitConfig(DataOptions):
         if self.paired and (self.conditional or self.accumulation > 1):
             other = "conditional" if self.conditional else "accumulation"
             raise ConfigError(f"paired and {other} do not go together: leave one of them out")
+        not_negative(independence=self.independence)
+        if self.independence and not self.paired:
+            raise ConfigError("independence is of the class that paired images share: take paired, or leave it out")
         if self.growing.on and self.compile != "none":
             raise ConfigError(f"compile {self.compile!r} is for networks that do not grow: take none, or no growing")
         if bool(self.lr_milestones) != (self.lr_schedule == "milestones"):

@@ -182,7 +182,9 @@ class Trainer:
         elif self.compile == "inductor":
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
-        lent: dict[str, Any] = {"lent": class_dim(self.model.encoder)} if config.paired else {}
+        lent: dict[str, Any] = {}
+        if config.paired:
+            lent = {"lent": class_dim(self.model.encoder), "independence": config.independence}
         cls = step_class(config.objective)
         if lent and cls is not IntrospectiveStep:
             raise ConfigError(f"{type(config.objective).__name__} cannot lend latents: leave paired out")
