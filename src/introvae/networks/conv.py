@@ -131,10 +131,10 @@ def build_conv(
             takes the published widths down to 4 ... 7 pixels.
         width: factor on the published widths, where `channels` is not given; 0.5 costs a quarter of the time.
         norm: "pixel" (by the root mean square over the channels of each position; the default, independent of the
-            batch), "layer" (their mean is taken away, too), "group", "batch" (as published; its evaluation mode differs from its
-            training mode) or "none"; of the weights instead of the activations: "weight" (standardised filters) or
-            "equalized" (no normalisation, but an equalised learning rate in every layer; the rate is then in units of
-            the weights' own size, Progressive GAN takes 1e-3).
+            batch), "layer" (their mean is taken away, too), "group", "batch" (as published; its evaluation mode differs
+            from its training mode) or "none"; of the weights instead of the activations: "weight" (standardised
+            filters) or "equalized" (no normalisation, but an equalised learning rate in every layer; the rate is then
+            in units of the weights' own size, Progressive GAN takes 1e-3).
         stride: how often smaller than the image the blocks work; only the first and last layer see all pixels. 2 costs
             a quarter of the time, for coarser detail. "auto" is the power of two that leaves them at most 32 pixels.
         coarse: side of a small copy of the image (at most the image's own) that has a linear way of its own into the
