@@ -114,7 +114,10 @@ def test_what_has_a_square_is_found_and_where_it_is(home: Path, report: dict[str
     assert metrics["pixel_auroc"]["value"] > 0.85
     assert 0 < metrics["dice"]["value"] <= metrics["best_dice"]["value"] + 1e-9
     for name in ("pixel_auroc", "dice", "best_dice"):
-        assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"]
+        low, value, high = (metrics[name][key] for key in ("low", "value", "high"))
+        assert low <= value <= high
+        # Dice may be the same in all draws, where all squares are found with the same border around them.
+        assert low < high or name != "pixel_auroc"
         assert metrics[name]["protocol"].endswith("95 % interval of 500 bootstraps of whole images")
     kinds = [
         torch.tensor([float(row["neg_elbo"]) for row in rows if row["label"] == label], dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import pytest
 import introvae
 from commands import Command
 from introvae import networks
+from introvae.networks.conv import build_conv
 from test_readme import known_option, run
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +123,30 @@ def test_what_a_page_points_at_exists(page: Path) -> None:
     if page.stem in ("images", "numbers", "scaling"):  # the others name options of other commands, too
         for option in set(re.findall(r"`(--[a-z_-]+)", text)):
             assert known_option(option), f"{option} is no option"
+
+
+def test_the_table_of_normalisers_is_that_of_the_results() -> None:
+    results = ROOT / "benchmarks" / "results"
+    sections = json.loads((results / "normalisers" / "comparison.json").read_text())["sections"]
+    cells = {(cell["data"], cell["label"]): cell for section in sections for cell in section["cells"]}
+    times = {case["norm"]: case["of_layer"] for case in json.loads((results / "normalisers.json").read_text())["cases"]}
+    page = (DOCS / "networks.md").read_text()
+    lines = page[page.index("| `norm` | set |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    assert {(data, label) for label, data, *_ in rows} == cells.keys()
+    for label, data, frechet, recall, psnr, gap, time in rows:
+        cell = cells[data, label]
+        spread = {name: (found["mean"], found["std"]) for name, found in cell["metrics"].items()}
+        assert cell["done"] == len(cell["runs"]) == 2
+        assert frechet == "{:.1f} ± {:.1f}".format(*spread["frechet_mnist"]), (label, data)
+        assert recall == "{:.2f} ± {:.2f}".format(*spread["recall_mnist"]), (label, data)
+        assert psnr == "{:.1f} ± {:.1f}".format(*spread["psnr_db"]), (label, data)
+        worst = spread["gap_training_mode"][0]
+        assert gap == (f"{100 * worst:.0f} %" if worst > 1e-3 else "0"), (label, data)
+        assert time == f"{times[label.partition(',')[0]]:.2f}", label
+        assert worst > 1e-3 or worst < 1e-6, "a gap that is neither nothing nor shown"
+    best = min(cells.values(), key=lambda cell: cell["metrics"]["frechet_mnist"]["mean"])
+    assert best["label"] == inspect.signature(build_conv).parameters["norm"].default == "pixel"
 
 
 def test_names_that_pages_mention_are_there() -> None:
