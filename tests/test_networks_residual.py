@@ -319,6 +319,20 @@ def test_group_normalisation_in_bf16_is_the_wide_one_rounded(channels: int) -> N
     assert x.grad.dtype == torch.bfloat16
 
 
+def test_pixel_normalisation_in_bf16_is_near_the_wide_one_and_leaves_nothing_at_nothing() -> None:
+    norm, x = PixelNorm(16), torch.randn(2, 16, 8, 8)
+    x[0, :, 0, 0] = 0
+    short = x.to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(short)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), norm(short.detach().float()), atol=0.0, rtol=2**-6)
+    assert not found[0, :, 0, 0].any()
+    found.float().square().sum().backward()
+    assert short.grad is not None
+    assert bool(short.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("place", NORM_PLACES)
 def test_a_block_is_the_papers_formula(place: str) -> None:
     torch.manual_seed(0)

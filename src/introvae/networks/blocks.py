@@ -27,6 +27,9 @@ SLOPE = 0.2
 GAIN = math.sqrt(2 / (1 + SLOPE**2))
 """Keeps the size of signals from layer to layer through LeakyReLU (He et al. 2015, Delving Deep into Rectifiers)."""
 
+EPS = 1e-8
+"""Of pixel normalisation, as in Progressive GAN: beside the mean square."""
+
 _SHIFTING = ("layer", "group", "batch")
 _BARE = ("none", "weight")
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -71,14 +74,20 @@ class PixelNorm(OverChannels, nn.RMSNorm):  # pyright: ignore[reportIncompatible
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-8)
+        super().__init__(channels, eps=EPS)
 
     def channels_last(self, input: Tensor) -> Tensor:
         if input.dtype == self.weight.dtype:
-            return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
-        # The kernel's sums are float32 either way; a wide gain would make a wide result, at twice the memory.
+            return F.rms_norm(input, self.normalized_shape, self.weight, EPS)
         with torch.autocast(input.device.type, enabled=False):
-            return F.rms_norm(input, self.normalized_shape, self.weight.to(input.dtype), self.eps)
+            weight = self.weight.to(input.dtype)
+            if input.device.type != "cpu":
+                # The kernel's sums are float32 either way; a wide gain would make a wide result, at twice the memory.
+                return F.rms_norm(input, self.normalized_shape, weight, EPS)
+            # PyTorch has no kernel for it there, and its single operations keep wide images for the backward pass.
+            size = torch.linalg.vector_norm(input, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = math.sqrt(input.shape[-1]) / size.clamp(min=math.sqrt(input.shape[-1] * EPS))
+            return input * scale.to(input.dtype) * weight
 
 
 class GroupNorm(nn.GroupNorm):
