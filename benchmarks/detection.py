@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -275,7 +274,6 @@ def speed(words: argparse.Namespace) -> list[dict[str, Any]]:
                 drawing += time.perf_counter() - before
                 scorer(x, names)
             seconds = time.perf_counter() - started - drawing
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             cases.append(
                 {
                     "case": f"{folder.name}, {'+'.join(names)}",
@@ -283,7 +281,7 @@ def speed(words: argparse.Namespace) -> list[dict[str, Any]]:
                     "threads": torch.get_num_threads(),
                     "n": n,
                     "images_per_second": n / seconds,
-                    "peak_mib": peak,
+                    "peak_mib": peak_bytes() / 2**20,
                 }
             )
             progress(str(cases[-1]))
