@@ -142,8 +142,14 @@ def test_a_run_in_parts_equals_one_that_is_not(tmp_path: Path) -> None:
             "network_options": {"channels": [32, 32, 32]},
             "gradient_checkpointing": True,
         },
+        {
+            "shape": [1, 64, 64],
+            "batch_size": 32,
+            "network_options": {"channels": [32, 32, 32], "norm": "layer"},
+            "gradient_checkpointing": True,
+        },
     ],
-    ids=["default", "float32", "checkpointing"],
+    ids=["default", "float32", "checkpointing", "checkpointing-layer"],
 )
 def test_the_predicted_peak_is_within_a_fifth(settings: dict[str, object]) -> None:
     words = [sys.executable, "-c", PEAK, json.dumps({**settings, "device": "cpu"})]
