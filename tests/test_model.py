@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from introvae import DiagonalGaussian, FitConfig, IntrospectiveVAE, list_networks, networks, register_network
 from introvae.errors import CheckpointError, ConfigError, DataError
 from introvae.gaussian import LOGVAR_RANGE
-from introvae.networks.conv import possible_sides
+from introvae.networks.conv import build_conv, possible_sides
 
 SHAPES = {"mlp": (5,), "tiny-mlp": (2,), "conv": (3, 32, 32), "tiny-conv": (1, 8, 8)}
 
@@ -281,6 +282,18 @@ def test_a_saved_model_imports_nothing_by_itself(tmp_path: Path, monkeypatch: py
     FitConfig(network="introvae.networks.mlp.build_mlp")
     x = torch.rand(3, 4)
     assert torch.equal(IntrospectiveVAE.from_pretrained(tmp_path).reconstruct(x), model.reconstruct(x))
+
+
+def test_a_saved_model_stays_what_it_was_under_other_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = IntrospectiveVAE.build((1, 8, 8), "conv", 2, channels=[4])
+    model.save_pretrained(tmp_path)
+    known = {**networks._NETWORKS, "conv": partial(build_conv, norm="none", upsample="bilinear")}
+    monkeypatch.setattr(networks, "_NETWORKS", known)
+    x = torch.rand(3, 1, 8, 8)
+    loaded = IntrospectiveVAE.from_pretrained(tmp_path)
+    assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
+    new = IntrospectiveVAE.build((1, 8, 8), "conv", 2, channels=[4])
+    assert new.state_dict().keys() != model.state_dict().keys()
 
 
 def damage_cut(folder):

@@ -115,7 +115,10 @@ def test_saved_is_loaded(network: str, options: dict[str, Any], tmp_path: Path) 
             p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(tmp_path)
     loaded = IntrospectiveVAE.from_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["options"] == {"channels": [8, 12], **options}
+    kept = json.loads((tmp_path / "config.json").read_text())["options"]
+    given = {"channels": [8, 12], **options}
+    assert kept == {**kept, **given}
+    assert ("depth" if network == "dcgan" else "width") in kept  # what was not given, too
     assert list(loaded.state_dict()) == list(model.state_dict())
     x = images(3)
     assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))

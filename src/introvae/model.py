@@ -14,7 +14,7 @@ from introvae.classes import Classes
 from introvae.errors import CheckpointError, ConfigError, DataError, first_line, positive
 from introvae.files import write_atomically
 from introvae.gaussian import DiagonalGaussian
-from introvae.networks import build_network, network_for
+from introvae.networks import build_network, network_for, settled_options
 from introvae.networks.conditional import Conditional, build_conditional
 from introvae.networks.style import Growing
 
@@ -95,7 +95,7 @@ class IntrospectiveVAE(nn.Module):
             "network": name,
             "shape": list(shape),
             "latent_dim": latent_dim,
-            "options": json.loads(json.dumps(options)),
+            "options": settled_options(name, options),
             "data": data or {},
         }
         if known is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -25,6 +26,7 @@ __all__ = [
     "list_networks",
     "network_for",
     "register_network",
+    "settled_options",
     "use_gradient_checkpointing",
 ]
 
@@ -149,3 +151,22 @@ def build_network(
             f"the options {options} of network {name!r} have values of a wrong kind: give numbers, such as "
             "channels: [32, 64]"
         ) from error
+
+
+def settled_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a network with those that were not given, as today's defaults have them, ready for JSON.
+
+    A saved model keeps these, so that it loads as it was when a later version has other defaults.
+
+    Arguments:
+        name: one of `list_networks()`.
+        options: those that were given. They come first; a default that JSON does not know is left out.
+
+    Example:
+        >>> settled_options("mlp", {"hidden": 32})["depth"] == build_mlp.__kwdefaults__["depth"]
+        True
+    """
+    plain = (bool, int, float, str, list, tuple, dict, type(None))
+    parameters = inspect.signature(_NETWORKS[name]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, plain)}
+    return json.loads(json.dumps({**options, **{k: v for k, v in defaults.items() if k not in options}}))
