@@ -241,9 +241,103 @@ def test_the_curves_are_there(tab: Any) -> None:
     keep(tab, "training")
 
 
+def test_sheets_are_as_wide_as_their_place(tab: Any) -> None:
+    open_tab(tab, "Between two images")
+    tab.wait_for_selector("#way img", timeout=60_000)
+    place, picture = (tab.locator(key).bounding_box() for key in ("#way", "#way img"))
+    assert picture["width"] > place["width"] - 40  # the download button is beside it
+    assert picture["height"] == pytest.approx(picture["width"] * 52 / 552, abs=2)
+
+
+def narrow(page: Any, name: str) -> None:
+    """A tab on a phone, where most of them are in a menu."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator(".overflow-menu button").first.click()
+    page.locator(".overflow-dropdown").get_by_text(name).click()
+
+
 def test_a_narrow_window_shows_it_all(tab: Any) -> None:
-    tab.set_viewport_size({"width": 400, "height": 900})
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_on_a_phone_the_words_of_the_scores_are_whole(tab: Any) -> None:
+    open_tab(tab, "An image")
+    tab.wait_for_selector("#scores td", timeout=60_000)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert tab.locator("#scores table").bounding_box()["width"] <= tab.locator("#scores").bounding_box()["width"]
+    broken = tab.evaluate(
+        """() => [...document.querySelectorAll('#scores th, #scores td')].flatMap(cell => {
+            const text = cell.firstChild, words = [...text.data.matchAll(/[^\\s-]+/g)];
+            return words.filter(word => {
+                const range = document.createRange();
+                range.setStart(text, word.index);
+                range.setEnd(text, word.index + word[0].length);
+                return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
+            }).map(word => word[0]);
+        })"""
+    )
+    assert broken == []
+
+
+def test_on_a_phone_the_moved_image_stays_in_sight_of_the_last_slider(tab: Any) -> None:
+    narrow(tab, "Move in the latent space")
+    tab.wait_for_selector("#moved img", timeout=60_000)
+    slider = tab.locator("[id^=dimension-] input[type=range]").last
+    slider.focus()
+    after(tab, "moved", lambda: tab.keyboard.press("ArrowRight"))
+    picture, place = tab.locator("#moved img").bounding_box(), slider.bounding_box()
+    assert 0 <= picture["y"] < picture["y"] + picture["height"] <= place["y"] <= 844
+
+
+# --- by keyboard alone
+
+
+def focused(page: Any) -> dict[str, str]:
+    return page.evaluate(
+        """() => {
+            const one = document.activeElement, style = getComputedStyle(one);
+            const name = one.ariaLabel || one.textContent.trim() || one.querySelector('[aria-label]')?.ariaLabel;
+            return {tag: one.tagName, name: name || one.value, outline: style.outlineStyle};
+        }"""
+    )
+
+
+def test_tab_finds_what_can_be_used_and_shows_where_it_is(tab: Any) -> None:
+    tab.get_by_role("tab", name="Training").focus()
+    found = []
+    for _ in range(30):
+        tab.keyboard.press("Tab")
+        now = focused(tab)
+        if now["tag"] == "BODY":
+            break
+        found.append(now)
+    assert all(one["name"] and one["outline"] == "solid" for one in found), found
+    names = [one["name"] for one in found]
+    assert names[0] == "seed"
+    assert names.index("another seed") > names.index("range slider for number")
+    assert names[-2:] == ["Download"] * 2  # one for each picture, and nothing else of them
+    assert names.count("Download") == 2
+
+
+def test_keys_change_the_steps_and_set_a_dimension_back(tab: Any) -> None:
+    tab.get_by_role("tab", name="Between two images").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#way img", timeout=60_000)
+    width = decoded(tab, "way").shape[1]
+    tab.get_by_label("range slider for steps").focus()
+    after(tab, "way", lambda: tab.keyboard.press("ArrowRight"))
+    assert decoded(tab, "way").shape[1] == width + 50
+    tab.get_by_role("tab", name="Move in the latent space").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#moved img", timeout=60_000)
+    tab.wait_for_function("document.querySelector('#dimension-0').textContent.match(/dimension \\d+/)")
+    tab.locator("#dimension-0 input[type=range]").focus()
+    after(tab, "moved", lambda: tab.keyboard.press("End"))
+    far = decoded(tab, "moved")
+    tab.locator("#dimension-0 button").focus()
+    after(tab, "moved", lambda: tab.keyboard.press("Enter"))
+    assert (decoded(tab, "moved") != far).any()
 
 
 # --- what is refused
@@ -430,6 +524,7 @@ def test_a_run_that_trains_shows_its_curves_growing(browser: Any, tmp_path: Path
             page.goto(_address(serving, said))
             page.wait_for_selector("#samples-0 img")
             after(page, "samples-0", lambda: page.locator("#another").click())  # a single run's samples follow, too
+            after(page, "samples-0", lambda: None)  # and become those of a newer model by themselves
             open_tab(page, "Training")
             page.wait_for_selector("text=/step [0-9,]+ of 100,000/", timeout=60_000)
             line = page.get_by_text(re.compile(r"step [0-9,]+ of 100,000")).first.inner_text()

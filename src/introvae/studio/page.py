@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import io
 import logging
 import os
@@ -53,8 +54,37 @@ HEADERS = (
 )
 STYLE = """
 .pixels img {image-rendering: pixelated; object-fit: contain}
-.wide img {width: 100%}
+/* A frame is as wide as its picture has pixels; the download button has its place beside a sheet, not upon it. */
+.wide .image-frame, .wide .image-frame img {width: 100%}
+.wide .image-frame img {height: auto}
+.wide .image-container {padding-right: 24px}
+/* What the sliders move stays in sight of them: that is of the window only where nothing around it scrolls. */
+.gradio-container {overflow: clip !important}
+.stays {position: sticky; top: 0; align-self: flex-start; z-index: 50; background: var(--body-background-fill)}
+@media (max-width: 1000px) {
+  .stays {flex-basis: 100%}
+  .stays .pixels {height: 36vh !important}
+  .beneath input, .beneath button {scroll-margin-top: calc(36vh + 80px)}
+}
+.aside {min-width: min(220px, 100%) !important}
+.scores table {width: 100%; border-collapse: collapse}
+.scores .html-container {padding: 0 !important}
+@media (max-width: 600px) {.scores table {font-size: 12px !important}}
+.scores th, .scores td {padding: 5px 4px; border: 1px solid var(--border-color-primary); text-align: left}
+/* Who goes by keyboard sees where: gradio shows nothing at sliders, and a pale border elsewhere. */
+:is(a, button, input, [tabindex]):focus-visible {
+  outline: 2px solid var(--body-text-color) !important; outline-offset: 2px !important
+}
+input[type=range]:focus-visible {outline-offset: 6px !important}
 """
+KEYS = """() => {
+  const idle = ".pixels .image-container > button, .pixels a > button";
+  const skip = () => document.querySelectorAll(idle).forEach(button => {button.tabIndex = -1});
+  new MutationObserver(skip).observe(document.body, {childList: true, subtree: true});
+  skip();
+}"""
+"""Of each picture, Tab finds the link that downloads it; not the picture, which gradio makes a button without a name or
+a use, nor the button inside the link."""
 
 log = logging.getLogger("introvae")
 
@@ -154,6 +184,7 @@ def application(views: Sequence[View]) -> FastAPI:
         pwa=False,
         mcp_server=False,
         css=STYLE,
+        js=KEYS,
         theme=gr.themes.Default(**fonts),
     )
     app.add_middleware(_Headers)
@@ -183,16 +214,44 @@ def page(views: Sequence[View]) -> Any:
     named = _by_name(views)
     encoding = {name: view for name, view in named.items() if view.encodes}
     with gr.Blocks(title="introvae studio", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        gr.Markdown("\n\n".join(["# introvae studio", *(f"**{name}**: {v.facts()}" for name, v in named.items())]))
-        _samples_tab(gr, named)
+        head = gr.Markdown(_head(named))
+        redraw = _samples_tab(gr, named)
         if encoding:
             _image_tab(gr, encoding)
             _between_tab(gr, encoding)
         _moving_tab(gr, named)
+        timer = gr.Timer(LOOK_EVERY, active=not all(view.finished for view in views))
         if any(view.run is not None for view in views):
-            _training_tab(gr, {name: view for name, view in named.items() if view.run is not None})
+            _training_tab(gr, {name: view for name, view in named.items() if view.run is not None}, timer)
+        if not all(view.finished for view in views):
+            _follow(gr, blocks, named, timer, head, redraw)
     blocks.queue(default_concurrency_limit=AT_ONCE)
     return blocks
+
+
+def _head(named: dict[str, View]) -> str:
+    """What is shown, a line for each model."""
+    return "\n\n".join(["# introvae studio", *(f"**{name}**: {view.facts()}" for name, view in named.items())])
+
+
+def _follow(gr: Any, blocks: Any, named: dict[str, View], timer: Any, head: Any, redraw: Callable[[Any], Any]) -> None:
+    """The head and the samples are those of the newest models, in pages that are open and in those that are loaded
+    later; the training tab looks for newer models at each tick.
+    """
+
+    def now(known: list[int | None]) -> list[Any]:
+        steps = [view.step for view in named.values()]
+        return [_head(named), steps] if steps != known else [gr.skip()] * 2
+
+    def newest(known: list[int | None]) -> list[Any]:
+        for view in named.values():
+            view.refresh()
+        return now(known)
+
+    steps = gr.State([view.step for view in named.values()])
+    blocks.load(_said(newest), steps, [head, steps], show_progress="hidden")
+    timer.tick(now, steps, [head, steps], show_progress="hidden")
+    redraw(steps.change)
 
 
 def _by_name(views: Sequence[View]) -> dict[str, View]:
@@ -226,9 +285,9 @@ def _whole(value: float | None) -> int:
     return 0 if value is None else int(value)
 
 
-def _picture(gr: Any, title: str, *classes: str, **settings: Any) -> Any:
-    """A picture under its title; gradio's own label would lie upon it."""
-    with gr.Column(min_width=160):
+def _picture(gr: Any, title: str, *classes: str, column: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """A picture under its title, in a column of its own settings; gradio's own label would lie upon it."""
+    with gr.Column(**{"min_width": 160, **(column or {})}):
         gr.Markdown(title)
         return gr.Image(
             type="pil",
@@ -264,7 +323,9 @@ def _classes(gr: Any, named: dict[str, View], *more: str) -> Any:
     return gr.Dropdown(choices, value=choices[0] if names else None, label="class", visible=bool(names))
 
 
-def _samples_tab(gr: Any, named: dict[str, View]) -> None:
+def _samples_tab(gr: Any, named: dict[str, View]) -> Callable[[Any], Any]:
+    """Samples side by side; what is given back draws them anew at an event."""
+
     def draw(seed: float | None, number: float, truncation: float, label: str | None) -> Any:
         sheets = [
             # a class that only some of the models know is theirs alone
@@ -295,9 +356,10 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
                 for i, (name, picture) in enumerate(zip(named, first, strict=True))
             ]
         inputs = [seed, number, truncation, label]
-        for changed in inputs:
+
+        def redraw(event: Any) -> None:
             # Answered at once: a place in the queue would cost as much as the samples.
-            changed.change(
+            event(
                 _said(draw),
                 inputs,
                 shown,
@@ -306,7 +368,11 @@ def _samples_tab(gr: Any, named: dict[str, View]) -> None:
                 queue=False,
                 postprocess=False,
             )
+
+        for changed in inputs:
+            redraw(changed.change)
         another.click(lambda value: (_whole(value) + 1) % 2**32, seed, seed, show_progress="hidden", queue=False)
+    return redraw
 
 
 def _picker(gr: Any, named: dict[str, View], title: str, number: int = 0) -> list[Any]:
@@ -333,14 +399,22 @@ def _on_pick(picker: Sequence[Any], function: Callable[..., Any], inputs: list[A
     upload.upload(lambda: "upload", None, kind, show_progress="hidden").then(_said(function), inputs, outputs)
 
 
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in HTML: the browser gives its columns the widths that keep words whole, as gradio's own does not."""
+    lines = ["".join(f'<th scope="col">{html.escape(word)}</th>' for word in head)]
+    lines += ["".join(f"<td>{html.escape(word)}</td>" for word in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
 def _image_tab(gr: Any, named: dict[str, View]) -> None:
     def look(name: str, heat: str, *picked: Any) -> list[Any]:
         found = named[name].seen(_source(named[name], *picked), heat)
         rows = [
-            [score.name, score.meaning, f"{value:.4g} {score.unit}", f"{100 * below:.0f} %"]
+            (score.name, score.meaning, f"{value:.4g} {score.unit}", f"{100 * below:.0f} %")
             for score, value, below in found.scores
         ]
-        return [found.image, found.reconstruction, found.heat, rows, found.latent, f"Compared with {found.compared}."]
+        table = _table(("score", "what it is", "value", "usual images with less"), rows)
+        return [found.image, found.reconstruction, found.heat, table, found.latent, f"Compared with {found.compared}."]
 
     def near(name: str, by: str, *picked: Any) -> list[Any]:
         sheet, distances = named[name].nearest(_source(named[name], *picked), by=by)
@@ -362,13 +436,7 @@ def _image_tab(gr: Any, named: dict[str, View]) -> None:
                             ("heat", "where it is unusual"),
                         )
                     ]
-                scores = gr.Dataframe(
-                    headers=["score", "what it is", "value", "usual images with less"],
-                    column_widths=["15%", "45%", "20%", "20%"],
-                    wrap=True,
-                    interactive=False,
-                    elem_id="scores",
-                )
+                scores = gr.HTML(elem_id="scores", elem_classes=["scores"])
                 compared = gr.Markdown()
                 latent = gr.Plot(label="latent", show_label=False, format="png")  # it would lie upon the title
                 with gr.Row():
@@ -395,15 +463,17 @@ def _between_tab(gr: Any, named: dict[str, View]) -> None:
         with gr.Row():
             run = _chooser(gr, named)
             steps = gr.Slider(2, 16, value=9, step=1, label="steps", min_width=240)
-            spherical = gr.Checkbox(False, label="along the great circle")
+            spherical = gr.Checkbox(False, label="along the great circle", elem_classes=["aside"])
         sheet = _picture(gr, "From the one to the other, the images themselves at the ends.", "wide", elem_id="way")
         with gr.Row():
             pickers = [_picker(gr, named, title, number) for number, title in enumerate(("from", "to"))]
         inputs = [run, steps, spherical, *pickers[0], *pickers[1]]
         for picker in pickers:
             _on_pick(picker, way, inputs, [sheet])
-        for event in (tab.select, run.input, steps.release, spherical.input):
+        for event in (tab.select, run.input, spherical.input):
             event(_said(way), inputs, [sheet])
+        # not its release, which arrow keys do not make
+        steps.change(_said(way), inputs, [sheet], trigger_mode="always_last")
 
 
 def _moving_tab(gr: Any, named: dict[str, View]) -> None:
@@ -440,23 +510,23 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
         with gr.Column(scale=1, min_width=260):
             run = _chooser(gr, named)
             picker = _picker(gr, named, "start from")
-        with gr.Column(scale=2):
+        picture = _picture(gr, "decoded", column={"scale": 2, "elem_classes": ["stays"]}, elem_id="moved", height=420)
+        with gr.Column(scale=2, elem_classes=["beneath"]):
             sliders = [
                 gr.Slider(-REACH, REACH, value=0.0, step=0.05, label="dimension", elem_id=f"dimension-{i}")
                 for i in range(count)
             ]
             direction = gr.Dropdown([""], value="", label="saved direction", visible=False)
             strength = gr.Slider(-3, 3, value=0.0, step=0.1, label="its strength", visible=False)
-        with gr.Column(scale=2):
-            picture = _picture(gr, "decoded", elem_id="moved", height=420)
         latent, chosen = gr.State([]), gr.State([])
         started = [latent, chosen, picture, direction, strength, *sliders]
         _on_pick(picker, begin, [run, *picker], started)
         for event in (tab.select, run.input):
             event(_said(begin), [run, *picker], started)
         inputs = [run, latent, chosen, picker[3], direction, strength, *sliders]
-        for moved in (*sliders, direction, strength):
-            moved.input(
+        # Their own button that sets sliders back makes a release and no input.
+        for event in (direction.input, *(on for one in (*sliders, strength) for on in (one.input, one.release))):
+            event(
                 _said(move),
                 inputs,
                 picture,
@@ -467,7 +537,7 @@ def _moving_tab(gr: Any, named: dict[str, View]) -> None:
             )
 
 
-def _training_tab(gr: Any, named: dict[str, View]) -> None:
+def _training_tab(gr: Any, named: dict[str, View], timer: Any) -> None:
     def look(name: str) -> list[Any]:
         view = named[name]
         return [view.progress(), view.curves(), state_of(view)]
@@ -482,9 +552,9 @@ def _training_tab(gr: Any, named: dict[str, View]) -> None:
 
     with gr.Tab("Training") as tab:
         run, progress = _chooser(gr, named), gr.Markdown()
-        curves, known = gr.Plot(label="curves", show_label=False, format="png"), gr.State("")
+        curves = gr.Plot(label="curves", show_label=False, format="png")
+        known = gr.State("")
         outputs = [progress, curves, known]
         for event in (tab.select, run.input):
             event(_said(look), run, outputs)
-        timer = gr.Timer(LOOK_EVERY, active=not all(view.finished for view in named.values()))
         timer.tick(_said(look_again), [run, known], outputs, show_progress="hidden")
