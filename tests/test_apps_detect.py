@@ -24,7 +24,7 @@ from introvae.apps.judge import Judge
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Masks, read_labels
 from introvae.data import Preparation
-from introvae.data.each import each
+from introvae.data.each import each, open_readings
 from introvae.data.scans import slices
 from introvae.metrics.detection import detection_metrics
 from introvae.training.devices import pick_device
@@ -124,6 +124,12 @@ def test_what_has_a_square_is_found_and_where_it_is(home: Path, report: dict[str
         for label in "01"
     ]
     assert [len(kind) for kind in kinds] == [30, 12]
+    entry = metrics["auroc_neg_elbo"]
+    assert entry["resampled"] == metrics["dice"]["resampled"] == "images"
+    assert entry["protocol"] == (
+        "12 anomalous against 30 normal images; 95 % interval of 1,000 bootstraps of whole images"
+    )
+    assert "normal_scans" not in report["scores"]["neg_elbo"]
     again = detection_metrics(*kinds)["auroc"]
     assert metrics["auroc_neg_elbo"]["value"] == pytest.approx(again.value, abs=1e-9)
     assert metrics["auroc_neg_elbo"]["low"] <= again.value <= metrics["auroc_neg_elbo"]["high"]
@@ -468,6 +474,71 @@ def test_labels_and_masks_of_other_images_are_refused(home: Path, tmp_path: Path
         detect(home / "run", tmp_path / "none", out=tmp_path / "x")
 
 
+@pytest.fixture
+def nothing_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fit", "calibrated", "score", "search"):
+        monkeypatch.setattr(Judge, name, lambda *_, name=name: pytest.fail(f"{name} before the names were matched"))
+
+
+@pytest.mark.usefixtures("nothing_is_scored")
+def test_labels_and_masks_of_other_images_are_refused_before_anything_is_scored(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nelsewhere.png,1\n200.png,0\n")
+    out = tmp_path / "found"
+    with pytest.raises(DataError, match="none of the 2 names in the labels"):
+        detect(home / "run", home / "new", labels=tmp_path / "labels.csv", out=out)
+    with pytest.raises(DataError, match="none of the 12 masks"):
+        detect(home / "run", home / "new" / "in", masks=home / "masks", out=out)
+    masks = shutil.copytree(home / "masks", tmp_path / "masks")
+    (masks / "out" / "311_mask.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"the mask .*311_mask\.png cannot be used: "):
+        detect(home / "run", home / "new", masks=masks, out=out)
+    assert not out.exists()
+    out.write_text("a file")
+    with pytest.raises(ConfigError, match=r"the results cannot be written to .*found .*: give another folder"):
+        detect(home / "run", home / "new", masks=home / "masks", out=out)
+
+
+def test_files_that_cannot_be_read_may_have_labels_and_masks(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "masks", tmp_path / "masks")
+    shutil.copy(home / "masks" / "out" / "300_mask.png", tmp_path / "masks" / "broken.png")
+    report = detect(home / "run", home / "new", masks=tmp_path / "masks", maps=0, scores=["error"], out=tmp_path / "x")
+    assert report["metrics"]["auroc_error"]["n"] == report["counts"]["scored"]
+    (tmp_path / "labels.csv").write_text("file,label\nbroken.png,1\n")
+    report = detect(home / "run", home / "new", labels=tmp_path / "labels.csv", maps=0, out=tmp_path / "y")
+    assert report["metrics"] == {}
+    assert len(table(tmp_path / "y")) == report["counts"]["found"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "one.png", "scans", "images.npy", "parts.npz", "digits"])
+def test_names_are_known_before_anything_is_read(home: Path, tmp_path: Path, kind: str) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    source: Path | str = tmp_path / kind
+    if kind == "folder":
+        source = home / "new"
+    elif kind == "one.png":
+        shutil.copy(home / "good" / "400.png", source)
+    elif kind == "scans":
+        scan(tmp_path / kind / "b.nii.gz", np.random.default_rng(0).integers(0, 9, GRID).astype(np.int16))
+        scan(tmp_path / kind / "flat.nii", np.random.default_rng(0).integers(0, 9, (5, 5, 3)).astype(np.int16))
+        (tmp_path / kind / "a.nii.gz").write_bytes(b"no scan")
+        (tmp_path / kind / "c.txt").write_text("no scan either")
+    elif kind == "digits":
+        source = kind
+    elif kind == "images.npy":
+        np.save(tmp_path / kind, x)
+    else:
+        np.savez(tmp_path / kind, train_images=x[:200], test_images=x[200:])
+    preparation = (
+        None if kind in ("digits", "parts.npz") else Preparation((16, 16), 1, "stretch", (0, 100), slices="4:7")
+    )
+    if kind == "images.npy":
+        preparation = Preparation((8, 8), 1)
+    names = open_readings(source, preparation).names()
+    assert names == [reading.name for reading in each(source, preparation)]
+    if kind == "scans":
+        assert names == ["a.nii.gz", *(f"b.nii.gz slice {n}" for n in (4, 5, 6)), "c.txt", "flat.nii"]
+
+
 @pytest.mark.parametrize("value", [0, 255])
 def test_masks_of_one_kind_of_pixel_leave_the_pixels_metrics_out(
     home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: int
@@ -500,7 +571,9 @@ def scan(path: Path, values: np.ndarray, spacing: tuple[int, int, int] = (1, 1, 
     return path
 
 
-def test_masks_of_scans_are_volumes_or_pictures_of_slices(home: Path, tmp_path: Path) -> None:
+def test_masks_of_scans_are_volumes_or_pictures_of_slices(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, masks = tmp_path / "scans", tmp_path / "masks"
     for i in range(4):
         head = np.random.default_rng(i).integers(100, 900, GRID).astype(np.int16)
@@ -519,6 +592,51 @@ def test_masks_of_scans_are_volumes_or_pictures_of_slices(home: Path, tmp_path: 
     marked = {row["file"] for row in rows if row["label"] == "1"}
     assert marked == {f"s{i}.nii.gz slice {n}" for i in (0, 1) for n in (4, 5, 6)} | {"s2.nii.gz slice 3"}
     assert report["metrics"]["pixel_auroc"]["protocol"].endswith("bootstraps of whole scans")
+    scores = {
+        label: {row["file"]: float(row["neg_elbo"]) for row in rows if row["label"] == label} for label in ("0", "1")
+    }
+    sets = [torch.tensor(list(scores[label].values()), dtype=torch.float64) for label in ("0", "1")]
+    whole = detection_metrics(*sets, groups=([n[:2] for n in scores["0"]], [n[:2] for n in scores["1"]]))["auroc"]
+    entry = report["metrics"]["auroc_neg_elbo"]
+    assert [entry["low"], entry["high"]] == pytest.approx([whole.low, whole.high], abs=0.02)  # 8 digits in the table
+    assert entry["resampled"] == report["metrics"]["pixel_auroc"]["resampled"] == "scans"
+    assert entry["protocol"] == (
+        "7 anomalous against 49 normal slices of 4 scans; 95 % interval of 1,000 bootstraps of whole scans"
+    )
+    threshold = report["scores"]["neg_elbo"]
+    assert (threshold["normal_images"], threshold["normal_scans"]) == (56, 4)
+    assert "slices of 4 scans</small>" in (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
+
+    # One scan with a lesion, and one that the run held out, are too few.
+    (masks / "s1_mask.nii.gz").unlink()
+    (masks / "s2.nii.gz slice 3.png").unlink()
+    (images / "s9.nii.gz").write_bytes(b"no scan")
+    (images / "a.nii.gz").write_bytes(b"no scan")
+    shutil.copy(masks / "s0.nii", masks / "s9.nii")
+    words = ["--masks", masks, "--out", tmp_path / "few", "--rate", 0.1]
+    said = command("detect", tmp_path / "run", "--images", images, *words)
+    assert said.code == 0, said.err
+    report = json.loads((tmp_path / "few" / "report.json").read_text())
+    for metric in ("auroc_neg_elbo", "aupr_kl", "fpr_at_95_tpr_error"):
+        entry = report["metrics"][metric]
+        assert entry["no_interval"] == "fewer than two scans with anomalous slices"
+        assert not {"low", "high", "resampled"} & entry.keys()
+        assert entry["protocol"] == "3 anomalous against 53 normal slices of 4 scans"
+    assert report["metrics"]["dice"]["no_interval"] == "fewer than two scans with marked pixels"
+    threshold = report["scores"]["neg_elbo"]
+    assert threshold["normal_scans"] == 1
+    assert threshold["no_interval"] == "fewer than two scans of normal images"
+    assert "false_positive_rate_low" not in threshold
+    assert "none: fewer than two scans of normal images" in (tmp_path / "few" / "report.html").read_text("utf-8")
+
+    # Slices that the scans do not have, and a mask on another grid, are told before anything is scored.
+    monkeypatch.setattr(Judge, "score", lambda *_: pytest.fail("scored"))
+    (tmp_path / "labels.csv").write_text("file,label\ns0.nii.gz slice 14,1\ns0.nii.gz,0\n")
+    with pytest.raises(DataError, match=r"none of the 2 names in the labels .*: give a row for each slice"):
+        detect(tmp_path / "run", images, labels=tmp_path / "labels.csv", out=tmp_path / "refused")
+    scan(masks / "s3.nii.gz", np.ones((*GRID[:2], 9), np.int16))
+    with pytest.raises(DataError, match=r"s3\.nii\.gz cannot be used: it has 9 slices"):
+        detect(tmp_path / "run", images, masks=masks, out=tmp_path / "refused")
 
 
 @pytest.mark.parametrize("kept", [range(200, 230), ()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,104 @@ def test_draws_and_seeds_that_are_none_are_refused() -> None:
             detection_metrics(*SETS["apart"], **settings)
 
 
+# --- groups of images
+
+
+def scans(n: int, slices: int, correlation: float, seed: int, shift: float = 0.0) -> Tensor:
+    """Scores `[n, slices]` of standard deviation 1 that correlate within a scan."""
+    own, shared = torch.randn(n, slices + 1, generator=generator(seed), dtype=torch.float64).split([slices, 1], dim=1)
+    return math.sqrt(1 - correlation) * own + math.sqrt(correlation) * shared + shift
+
+
+@pytest.mark.parametrize("name", list(SETS))
+def test_groups_of_one_image_change_nothing(name: str) -> None:
+    normal, anomalous = SETS[name]
+    names = [f"{i}.png" for i in range(len(normal) + len(anomalous))]
+    groups = names[: len(normal)], names[len(normal) :]
+    assert detection_metrics(normal, anomalous, groups=groups, draws=30) == detection_metrics(
+        normal, anomalous, draws=30
+    )
+
+
+@pytest.mark.parametrize("name", ["apart", "ties", "few anomalies"])
+def test_slices_that_are_all_alike_tell_no_more_than_one_of_each_scan(name: str) -> None:
+    normal, anomalous = SETS[name]
+    groups = (
+        [i for i in range(len(normal)) for _ in range(7)],
+        [-1 - i for i in range(len(anomalous)) for _ in range(7)],
+    )
+    copies = normal.repeat_interleave(7), anomalous.repeat_interleave(7)
+    one, many = detection_metrics(normal, anomalous), detection_metrics(*copies, groups=groups)
+    for metric in METRICS:
+        assert many[metric] == pytest.approx(one[metric], rel=1e-9)
+    apart = detection_metrics(*copies)["auroc"]
+    assert apart.high - apart.low < 0.6 * (one["auroc"].high - one["auroc"].low)
+
+
+@pytest.mark.parametrize("kind", ["some of both", "one without an anomaly", "each of both"])
+def test_every_draw_is_of_whole_scans(kind: str) -> None:
+    normal, anomalous = drawn(40), drawn(30, 1, shift=1.0)
+    groups = {
+        "some of both": ([i // 5 for i in range(40)], [5 + i // 6 for i in range(30)]),  # 5 to 7
+        "one without an anomaly": ([i // 5 for i in range(40)], [1 + i // 4 for i in range(30)]),
+        "each of both": ([i // 5 for i in range(40)], [i // 4 for i in range(30)]),
+    }[kind]
+    some = sorted(set(groups[1]))
+    others = sorted(set(groups[0]) - set(some))
+    strata = (
+        [sorted({*groups[0], *groups[1]})] if len(others) == 1 else [stratum for stratum in (others, some) if stratum]
+    )
+    assert len(strata) == (2 if kind == "some of both" else 1)
+    rows, of_seed = [np.array(kind) for kind in groups], generator(5)
+    each = []
+    for _ in range(30):
+        whole = [s[i] for s in strata for i in torch.randint(len(s), (len(s),), generator=of_seed).tolist()]
+        chosen = [np.concatenate([np.flatnonzero(of == scan) for scan in whole]) for of in rows]
+        each.append(by_sklearn(normal[chosen[0]], anomalous[chosen[1]]))
+    for n in (1, 2, 30):
+        low, high = np.quantile(np.array(each[:n]), [0.025, 0.975], axis=0)
+        found = detection_metrics(normal, anomalous, groups=groups, draws=n, seed=5)
+        assert [found[name].low for name in METRICS] == pytest.approx(low.tolist(), rel=1e-12)
+        assert [found[name].high for name in METRICS] == pytest.approx(high.tolist(), rel=1e-12)
+        assert [found[name].value for name in METRICS] == by_sklearn(normal, anomalous)
+
+
+def test_draws_without_one_kind_do_not_count() -> None:
+    normal, anomalous = drawn(10), drawn(30, 1)
+    groups = [i % 2 for i in range(10)], [i // 3 for i in range(30)]  # two of ten scans have normal slices
+    for name, found in detection_metrics(normal, anomalous, groups=groups, draws=200).items():
+        assert 0 <= found.low < found.high <= 1, name
+
+
+@pytest.mark.parametrize("few", [0, 1])
+def test_one_scan_of_a_kind_gives_no_interval(few: int) -> None:
+    groups = [[f"scan {i // 4}" for i in range(20)], [f"other {i // 4}" for i in range(20)]]
+    groups[few] = ["alone"] * 20
+    found = detection_metrics(drawn(20), drawn(20, 1), groups=(groups[0], groups[1]), draws=5)
+    assert [found[name].value for name in METRICS] == values(drawn(20), drawn(20, 1))
+    assert all(math.isnan(end) for interval in found.values() for end in interval[1:])
+
+
+def test_intervals_of_whole_scans_hold_the_truth_where_those_of_slices_do_not() -> None:
+    truth, held, taken = scipy.stats.norm.cdf(1 / math.sqrt(2)), 0, 0
+    groups = [i for i in range(30) for _ in range(20)], [-1 - i for i in range(30) for _ in range(20)]
+    for seed in range(60):
+        sets = scans(30, 20, 0.6, 2 * seed).flatten(), scans(30, 20, 0.6, 2 * seed + 1, shift=1.0).flatten()
+        its, apart = (detection_metrics(*sets, groups=of, draws=60)["auroc"] for of in (groups, None))
+        held += its.low <= truth <= its.high
+        taken += apart.low <= truth <= apart.high
+    assert held / 60 > 0.93 - 3 * math.sqrt(0.93 * 0.07 / 60)
+    assert taken / 60 < 0.6
+
+
+@pytest.mark.parametrize("groups", [([0, 1], [2]), ([0, 1, 1], []), ([], [0, 1, 1])])
+def test_groups_of_another_number_are_refused(groups: tuple[list[int], list[int]]) -> None:
+    with pytest.raises(DataError, match=r"groups for 3, 1 scores: give one for each"):
+        detection_metrics(drawn(3), drawn(1), groups=groups)
+    with pytest.raises(DataError, match=r"2 groups for 30 scores: give one for each"):
+        calibrate(drawn(30), groups=[0, 1])
+
+
 # --- the curve
 
 
@@ -270,6 +369,46 @@ def test_the_rate_and_its_interval_hold_on_new_images() -> None:
     error = math.sqrt(0.025 * 0.975 / repeats)
     assert np.mean([t.low > x for t, x in zip(found, true, strict=True)]) == pytest.approx(0.025, abs=3 * error)
     assert np.mean([t.high < x for t, x in zip(found, true, strict=True)]) == pytest.approx(0.025, abs=3 * error)
+
+
+def test_thresholds_of_scans_have_the_interval_of_fewer_images() -> None:
+    scores = drawn(99)
+    one, copies = calibrate(scores), scores.repeat_interleave(5)
+    assert calibrate(scores, groups=list(range(99))) == dataclasses.replace(one, groups=99)
+    apart, scans = calibrate(copies), calibrate(copies, groups=[i for i in range(99) for _ in range(5)])
+    assert (scans.value, scans.n, scans.groups) == (one.value, 495, 99)
+    assert apart.high - apart.low < 0.6 * (one.high - one.low)
+    assert scans.low <= one.low * 1.02
+    assert scans.high == pytest.approx(one.high, rel=0.05)
+    none = calibrate(copies, groups=["one scan"] * 495)
+    assert none.value == one.value
+    assert math.isnan(none.low)
+    assert math.isnan(none.high)
+
+
+@pytest.mark.parametrize(
+    ("number", "correlation", "held", "taken"), [(20, 0.3, 0.93, 0.69), (20, 0.8, 0.89, 0.39), (5, 0.8, 0.81, 0.41)]
+)
+def test_the_interval_of_scans_holds_as_often_as_it_says(
+    number: int, correlation: float, held: float, taken: float
+) -> None:
+    repeats, groups = 400, [i for i in range(number) for _ in range(30)]
+    found: list[list[bool]] = []
+    for seed in range(repeats):
+        scores = scans(number, 30, correlation, seed).flatten()
+        its, apart = calibrate(scores, groups=groups), calibrate(scores)
+        true = scipy.stats.norm.sf(its.value)
+        found.append([bool(x.low <= true <= x.high) for x in (its, apart)])
+    shares = np.mean(found, axis=0)
+    assert shares[0] == pytest.approx(held, abs=3 * math.sqrt(held * (1 - held) / repeats))
+    assert shares[1] == pytest.approx(taken, abs=3 * math.sqrt(taken * (1 - taken) / repeats))
+
+
+def test_where_no_score_lies_below_the_threshold_each_scan_counts_once() -> None:
+    scores, groups = drawn(40), [i // 10 for i in range(40)]
+    found, apart = calibrate(scores, 0.99, groups=groups), calibrate(scores, 0.99)
+    assert found.value == apart.value == scores.min()
+    assert found.low < apart.low
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

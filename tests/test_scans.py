@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from introvae.data import ArrayData, DataOptions, Preparation, load_data, read_images
+from introvae.data.scans import scan_size, slice_names, slices
 from introvae.errors import IntrovaeError
 
 nibabel = pytest.importorskip("nibabel")
@@ -359,3 +360,18 @@ def test_scans_for_a_model_without_a_window_are_refused(tmp_path: Path):
     save(tmp_path / "a.nii", volume())
     with pytest.raises(IntrovaeError, match="the model saw 8-bit images only"):
         read_images([tmp_path / "a.nii"], Preparation((12, 10), 1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_names_and_sizes_of_slices_are_told_by_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axes: tuple[int, int, int], axis: int
+) -> None:
+    array, affine = stored(volume(), axes, (1,))
+    affine = affine @ np.diag([1, 2, 3, 1])
+    path = save(tmp_path / "t1.nii.gz", array[..., None], affine)
+    options = DataOptions(axis=axis, slices="20%:80%")
+    found = list(slices("a/t1.nii.gz", path, options))
+    monkeypatch.setattr(nibabel.Nifti1Image, "dataobj", property(lambda _: pytest.fail("the volume is read")))
+    assert slice_names("a/t1.nii.gz", path, options) == [name for name, _ in found]
+    assert scan_size(path, options) == (len(found), found[0][1].size)

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch
 from introvae.apps.judge import FOUND, HEATMAPS, LOCAL, PICTURE, Found, Judge, Normal, Usual
 from introvae.apps.scores import SCORES
 from introvae.apps.truth import Truth
-from introvae.data.scans import scan_of
 from introvae.data.sources import holds_parquet
 from introvae.errors import ConfigError, DataError, checked_seed, not_negative, one_of, positive, unknown, whole
 from introvae.files import write_atomically
-from introvae.metrics.detection import Threshold, detection_metrics
+from introvae.metrics.detection import Interval, Threshold, detection_metrics
 from introvae.metrics.pixel_curve import DRAWS, PixelCurve
 from introvae.training.devices import pick_device
 from introvae.training.run import Run
@@ -59,7 +59,8 @@ def detect(
 
     Every score is higher for what does not belong. Thresholds are set on normal images that were not trained on. Images
     are read and scored a batch at a time, so a folder may have any size; one image gets the same scores alone as in a
-    batch. What cannot be read is a row of the table, too, with its reason.
+    batch. What cannot be read is a row of the table, too, with its reason. Labels and masks are matched with the names
+    of the images, and masks are read, before anything is scored.
 
     Arguments:
         run: the run or its folder.
@@ -88,14 +89,16 @@ def detect(
     Returns:
         What stands in report.json: "run", "images", "normal": what was compared; "model": training steps, and the
         checksum of the weights; "settings": draws, features, seed; "counts"; "scores": for each its
-        meaning, threshold and that one's interval; "metrics": with labels or masks `auroc_SCORE`, `aupr_SCORE`,
-        `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, `best_dice`, each with value, interval ("low" and "high", or
-        "no_interval": why there is none), n and protocol; "folder".
+        meaning, threshold and the interval of that one's false alarms; "metrics": with labels or masks `auroc_SCORE`,
+        `aupr_SCORE`, `fpr_at_95_tpr_SCORE`, `pixel_auroc`, `dice`, `best_dice`, each with value, interval ("low",
+        "high" and what was "resampled", "images" or "scans"; or "no_interval": why there is none), n and protocol;
+        "folder".
 
     Raises:
         ConfigError: an unknown score, or one that does not suit the data or the objective; a model of classes; numbers
-            that will not do; results that would lie among the images.
-        DataError: a source that cannot be read, labels or masks that fit no image, no image that can be scored.
+            that will not do; results that would lie among the images or cannot be written.
+        DataError: a source that cannot be read, labels or masks that fit no image, a mask that cannot be used, no image
+            that can be scored.
 
     Example:
         >>> detect("runs/mine", "inbox")["folder"]  # doctest: +SKIP
@@ -115,8 +118,17 @@ def detect(
     if masks is not None and Path(masks).resolve() == Path(images).expanduser().resolve():
         raise ConfigError(f"{masks} holds the images, too: give the masks a folder of their own")
     without = [folder, *([] if masks is None else [Path(masks)])]
+    judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place, without)
+    started = time.perf_counter()
+    readings = judge.open(images)
+    opening = time.perf_counter() - started
+    truth = Truth.read(labels, masks, judge.model, Path(images).expanduser())
+    if labels is not None or masks is not None:
+        truth.check(readings.names())
+    _make(folder)
+    # What takes minutes begins here; what can be refused was.
     try:
-        judge = Judge(run, scores, features, kind if mapped else "residual", draws, seed, batch_size, place, without)
+        judge.fit()
     except DataError as error:
         # What nobody asked for and needs the run's data is left out where these are gone.
         if normal is None or (asked and "latent" in scores) or heatmap == LOCAL:
@@ -125,21 +137,16 @@ def detect(
         scores = [name for name in scores if name != "latent"]
         kind = "residual" if heatmap is None else heatmap
         judge = Judge(run, scores, features, kind, draws, seed, batch_size, place, without)
-    truth = Truth.read(labels, masks, judge.model, Path(images).expanduser())
-    started = time.perf_counter()
-    batches = judge.read(images)
-    first = next(batches, [])  # a source that cannot be opened is told before the thresholds' minutes
-    opening = time.perf_counter() - started
     thresholds, normals = judge.calibrated(normal, false_positive_rate)
     usual = judge.usual(normals) if mapped else None
     pixels = PixelCurve(DRAWS) if truth.masks is not None else None
     started = time.perf_counter()
-    found = judge.search(chain([first], batches), truth, pixels)
+    found = judge.search(judge.read(readings), truth, pixels)
     seconds = opening + time.perf_counter() - started
     scored = sum(not reason for reason in found.reasons)
     if not scored:
         raise DataError(f"{images} has nothing that can be scored ({found.reasons[0] if found.reasons else 'empty'})")
-    truth.check(found.names)
+    del readings  # rows of a table or an array are in memory, and the maps read them again
     report: dict[str, Any] = {
         "run": str(run.folder),
         "images": str(images),
@@ -222,33 +229,53 @@ def _folder(run: Run, images: Path, out: str | Path | None) -> Path:
     return folder
 
 
+def _make(folder: Path) -> None:
+    """Make the folder of the results, which nothing must keep from being written hours later."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no right to write")
+    except OSError as error:
+        raise ConfigError(f"the results cannot be written to {folder} ({error}): give another folder") from error
+
+
 def _about(name: str, threshold: Threshold) -> dict[str, Any]:
+    if math.isnan(threshold.low):
+        bounds: dict[str, Any] = {"no_interval": "fewer than two scans of normal images"}
+    else:
+        bounds = {"false_positive_rate_low": threshold.low, "false_positive_rate_high": threshold.high}
     return {
         "meaning": SCORES[name].meaning,
         "unit": SCORES[name].unit,
         "threshold": threshold.value,
         "false_positive_rate": threshold.false_positive_rate,
-        "false_positive_rate_low": threshold.low,
-        "false_positive_rate_high": threshold.high,
+        **bounds,
         "normal_images": threshold.n,
+        **({} if threshold.groups is None else {"normal_scans": threshold.groups}),
     }
 
 
 def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usual: Usual | None) -> dict[str, Any]:
     """How well what is anomalous is told from what is not, where somebody said what is."""
     told: dict[str, Any] = {}
+    units = "scans" if found.sliced else "images"
     for name in scores:
         normal, anomalous = found.of(name, False), found.of(name, True)
         if not len(normal) or not len(anomalous):
             continue
-        protocol = f"{len(anomalous)} anomalous against {len(normal)} normal images; 95 % interval of 1,000 bootstraps"
-        for metric, interval in detection_metrics(normal, anomalous).items():
+        what, few, groups = f"{len(anomalous)} anomalous against {len(normal)} normal images", "", None
+        if found.sliced:  # slices of a scan are alike: the intervals draw scans
+            groups = found.groups(False), found.groups(True)
+            scans = [len(set(kind)) for kind in groups]
+            what = what.replace("images", f"slices of {len({*groups[0], *groups[1]})} scans")
+            few = f"fewer than two scans with {'anomalous' if scans[1] < 2 else 'normal'} slices"
+        for metric, interval in detection_metrics(normal, anomalous, groups=groups).items():
+            its = None if math.isnan(interval.low) else interval
             told[f"{metric}_{name}"] = {
                 "value": interval.value,
-                "low": interval.low,
-                "high": interval.high,
+                **_bounds(its, few, units),
                 "n": len(normal) + len(anomalous),
-                "protocol": protocol,
+                "protocol": what + ("" if its is None else f"; 95 % interval of 1,000 bootstraps of whole {units}"),
             }
     if any(known is not None for known in found.truth) and not told:
         log.info("without AUROC and the like: they need images of both kinds, normal and anomalous, that were scored")
@@ -267,13 +294,18 @@ def _metrics(found: Found, scores: Iterable[str], pixels: PixelCurve | None, usu
         if usual is not None:
             how = f"heat above {usual.found:.4g}, which {1 - FOUND:.0%} of normal images' pixels exceed"
             measured["dice"] = (pixels.dice(usual.found), pixels.dice_interval(usual.found), how)
-        units = "images" if scan_of(found.names[0]) is None else "scans"
         few = f"fewer than two {units} with {'marked' if pixels.groups[1] < 2 else 'unmarked'} pixels"
         for metric, (value, interval, how) in measured.items():
-            bounds = {"no_interval": few} if interval is None else {"low": interval.low, "high": interval.high}
             how += "" if interval is None else f"; 95 % interval of {DRAWS} bootstraps of whole {units}"
-            told[metric] = {"value": value, **bounds, "n": n, "protocol": how}
+            told[metric] = {"value": value, **_bounds(interval, few, units), "n": n, "protocol": how}
     return told
+
+
+def _bounds(interval: Interval | None, few: str, units: str) -> dict[str, Any]:
+    """The entries of an interval whose bootstrap drew these units; `few` says why there is none."""
+    if interval is None:
+        return {"no_interval": few}
+    return {"low": interval.low, "high": interval.high, "resampled": units}
 
 
 def write_table(path: Path, found: Found, thresholds: Mapping[str, Threshold], normals: Normal, deciding: str) -> Path:

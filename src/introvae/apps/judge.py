@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from introvae.apps.local_map import LocalMap
 from introvae.apps.scores import SCORES, score_images
 from introvae.apps.truth import Truth
 from introvae.data import ArrayData, Data, preparation_from
-from introvae.data.each import Reading, each
+from introvae.data.each import Reading, Readings, open_readings
 from introvae.data.scans import scan_of
 from introvae.errors import ConfigError, DataError
 from introvae.evaluation import load_for
@@ -74,12 +74,34 @@ class Found:
 
     def of(self, score: str, anomalous: bool | None = None) -> Tensor:
         """A score of all images that have one, or of those that are known to be (ab)normal, float64."""
-        rows = [
-            value
-            for value, reason, truth in zip(self.scores[score], self.reasons, self.truth, strict=True)
+        return torch.tensor([self.scores[score][row] for row in self._rows(anomalous)], dtype=torch.float64)
+
+    def groups(self, anomalous: bool | None = None) -> list[Hashable]:
+        """What each image that `of` gives the score of belongs to."""
+        groups = groups_of(self.names)
+        return [groups[row] for row in self._rows(anomalous)]
+
+    def _rows(self, anomalous: bool | None) -> list[int]:
+        return [
+            row
+            for row, (reason, truth) in enumerate(zip(self.reasons, self.truth, strict=True))
             if not reason and (anomalous is None or truth is anomalous)
         ]
-        return torch.tensor(rows, dtype=torch.float64)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether there are slices of scans among the images."""
+        return any(scan_of(name) is not None for name in self.names)
+
+
+def groups_of(names: Sequence[str]) -> list[Hashable]:
+    """What images are drawn together with: slices with those of their scan, any other image with none.
+
+    Example:
+        >>> groups_of(["t1.nii slice 4", "t1.nii slice 5", "a.png"])
+        ['t1.nii', 't1.nii', 2]
+    """
+    return [scan_of(name) or row for row, name in enumerate(names)]
 
 
 class Usual(NamedTuple):
@@ -150,25 +172,38 @@ class Judge:
             "draws": draws,
             "seed": seed,
             "features": feature_space(features) if "perceptual" in scores else None,
-            "latents": self._fitted() if "latent" in scores else None,
         }
-        self._local = self._local_map() if heatmap == LOCAL and self.pictures else None
+
+    def fit(self) -> None:
+        """Learn from the training images what the scores and the heat map need; else the first of them does it.
+
+        Raises:
+            ConfigError: the run's data are a density.
+            DataError: they are not there any more.
+        """
+        _ = self._latents, self._local
 
     @cached_property
     def _own(self) -> Data:
         """What the run was trained on and held out, read once."""
         return load_for(self.config, self.model, None)
 
-    def _fitted(self) -> Mahalanobis:
-        """The law of the latents of what the run was trained on."""
+    @cached_property
+    def _latents(self) -> Mahalanobis | None:
+        """The law of the latents of what the run was trained on, where it is a score's."""
+        if "latent" not in self.scores:
+            return None
         fitted = Mahalanobis(self.model.latent_dim)
         with torch.no_grad():
             for x in self._trained_on("the score latent", NORMAL):
                 fitted.update(self.model.encode(x).mode)
         return fitted
 
-    def _local_map(self) -> LocalMap:
-        """What is usual at each place of what the run was trained on."""
+    @cached_property
+    def _local(self) -> LocalMap | None:
+        """What is usual at each place of what the run was trained on, where it is the heat map's."""
+        if self.map != LOCAL or not self.pictures:
+            return None
         fitted = LocalMap(self.model)
         for x in self._trained_on(f"the heat map {LOCAL}", PLACES):
             fitted.update(x)
@@ -185,12 +220,16 @@ class Judge:
 
     def score(self, x: Tensor) -> dict[str, Tensor]:
         """All scores of `x: [N, ...]`, float64 `[N]`."""
-        return score_images(self.model, x.to(self.device), self.scores, **self.settings)
+        return score_images(self.model, x.to(self.device), self.scores, latents=self._latents, **self.settings)
 
-    def read(self, source: str | Path) -> Iterator[list[Reading]]:
+    def open(self, source: str | Path) -> Readings:
+        """A source of images, which `read` takes."""
+        return open_readings(source, self.preparation, self.without)
+
+    def read(self, source: str | Path | Readings) -> Iterator[list[Reading]]:
         """Everything of a source, a batch at a time; what has another shape than the model's is without an image."""
         batch: list[Reading] = []
-        for reading in each(source, self.preparation, self.without):
+        for reading in self.open(source) if isinstance(source, str | Path) else source:
             if reading.x is not None and tuple(reading.x.shape) != self.model.shape:
                 reason = f"has shape {tuple(reading.x.shape)}, the model takes {self.model.shape}"
                 reading = Reading(reading.name, None, reason, reading.label)
@@ -201,25 +240,29 @@ class Judge:
         if batch:
             yield batch
 
-    def _normal(self, source: str | Path | None) -> Iterator[Tensor]:
+    def _normal(self, source: str | Path | None) -> Iterator[tuple[Tensor, Sequence[str]]]:
+        """Normal images and their names, if they have any."""
         if source is not None:
             for batch in self.read(source):
-                images = [reading.x for reading in batch if reading.x is not None]
+                images = [(reading.name, reading.x) for reading in batch if reading.x is not None]
                 if images:
-                    yield torch.stack(images)
+                    yield torch.stack([x for _, x in images]), [name for name, _ in images]
             return
         data = self._own
         if not isinstance(data, ArrayData):
             raise ConfigError("a density has no held-out points: say what is normal with --normal FILE")
         some = data.heldout.some(NORMAL, torch.Generator().manual_seed(self.seed))
         for start in range(0, len(some), self.batch_size):
-            yield some[slice(start, start + self.batch_size)].tensor()
+            batch = some[slice(start, start + self.batch_size)]
+            yield batch.tensor(), batch.names
 
     def calibrated(self, source: str | Path | None, rate: float) -> tuple[dict[str, Threshold], Normal]:
         """The threshold of each score, and the scores and some images that it comes from."""
         columns: dict[str, list[Tensor]] = {name: [] for name in self.scores}
         kept: list[Tensor] = []
-        for x in self._normal(source):
+        names: list[str] = []
+        for x, its in self._normal(source):
+            names += its
             for name, values in self.score(x).items():
                 columns[name].append(values.cpu())
             if self.pictures and sum(map(len, kept)) < MAPPED:
@@ -227,7 +270,8 @@ class Judge:
         if not columns[self.scores[0]]:
             raise DataError(f"{source} has no normal image that can be read: give a folder of images that belong")
         scores = {name: torch.cat(values) for name, values in columns.items()}
-        thresholds = {name: calibrate(values, rate) for name, values in scores.items()}
+        groups = groups_of(names) if any(scan_of(name) is not None for name in names) else None
+        thresholds = {name: calibrate(values, rate, groups=groups) for name, values in scores.items()}
         return thresholds, Normal(scores, torch.cat(kept)[:MAPPED] if kept else None)
 
     def heat(self, x: Tensor) -> Tensor:

@@ -98,7 +98,6 @@ class Masks:
                 key = _key(file.relative_to(self.folder).as_posix(), "_mask")
                 if self.files.setdefault(key, file) != file:
                     raise DataError(f"{file} and {self.files[key]} are masks of the same image: keep one of them")
-        self.used: set[str] = set()
         self._volume: tuple[Path, dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -115,7 +114,6 @@ class Masks:
         scan, key = scan_of(name), self.key_of(name)
         if key is None:
             return torch.zeros(self.preparation.size, dtype=torch.bool)
-        self.used.add(key)
         file = self.files[key]
         try:
             if scan is None or not is_scan(file.name):
@@ -154,9 +152,24 @@ class Masks:
         pixels = self.preparation(picture, window)[0]
         return torch.from_numpy(pixels > pixels.max() / 2)
 
-    def unused(self) -> list[str]:
-        """Masks whose image was not there."""
-        return sorted(str(self.files[key]) for key in self.files.keys() - self.used)
+    def check(self, names: Sequence[str]) -> None:
+        """Read every mask of these images once, so that one that cannot be used is told before anything is scored.
+
+        Raises:
+            DataError: no mask is of one of these images, or one cannot be read or does not fit.
+        """
+        keys = [self.key_of(name) for name in names]
+        used = {key for key in keys if key is not None}
+        if not used:
+            raise DataError(
+                f"none of the {len(self):,} masks in {self.folder} has the name of an image ({names[0]!r}): give them "
+                "the images' names"
+            )
+        for name, key in zip(names, keys, strict=True):
+            if key is not None and not is_scan(name):  # a scan without slices cannot be read, and is no reason to stop
+                self.of(name)
+        for path in sorted(str(self.files[key]) for key in self.files.keys() - used):
+            log.info("no image for the mask %s", path)
 
 
 def _key(name: str, ending: str = "") -> str:
@@ -215,23 +228,26 @@ class Truth:
         return self.masks.key_of(name) is not None or self.labels is None or self.labels.get(name) is False
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise `DataError` where labels or masks fit none of these images: a folder or a naming that differs."""
+        """Before anything is scored: whether labels and masks are of these images, and masks can be read.
+
+        Arguments:
+            names: of all images, also of those that may turn out to be broken.
+
+        Raises:
+            DataError: labels or masks fit none of them (a folder or a naming that differs), or a mask cannot be used.
+        """
+        if not names:
+            return  # who reads them will say so
         elsewhere = sorted((self.labels or {}).keys() - set(names))
         if self.labels is not None and len(elsewhere) == len(self.labels):
-            remedy = (
-                "give paths inside the images' folder" if scan_of(names[0]) is None else "give a row for each slice"
-            )
+            sliced = next((name for name in names if scan_of(name) is not None), None)
+            remedy = "give paths inside the images' folder" if sliced is None else "give a row for each slice"
             raise DataError(
                 f"none of the {len(self.labels):,} names in the labels ({next(iter(self.labels), '')!r}) is one of the "
-                f"images' ({names[0]!r}): {remedy}"
+                f"images' ({sliced or names[0]!r}): {remedy}"
             )
         if elsewhere:
             of = len(self.labels or {})
             log.info("no image for %d of the %d labels, such as that of %s", len(elsewhere), of, elsewhere[0])
-        if self.masks is not None and not self.masks.used:
-            raise DataError(
-                f"none of the {len(self.masks):,} masks in {self.masks.folder} has the name of an image "
-                f"({names[0]!r}): give them the images' names"
-            )
-        for path in self.masks.unused() if self.masks is not None else []:
-            log.info("no image for the mask %s", path)
+        if self.masks is not None:
+            self.masks.check(names)

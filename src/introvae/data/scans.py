@@ -70,15 +70,48 @@ def _canonical(path: Path) -> tuple[Any, tuple[float, ...]]:
     volume = nibabel.load(path)
     volume = nibabel.squeeze_image(volume)  # a fourth axis of length 1 is common
     if len(volume.shape) != 3:
-        raise DataError(f"{len(volume.shape)} dimensions {volume.shape}, not 3: give one volume a file")
+        raise _no_volume(volume.shape)
     volume = nibabel.as_closest_canonical(volume)
     return volume, tuple(float(z) or 1.0 for z in volume.header.get_zooms()[:3])
 
 
 def scan_size(path: Path, options: DataOptions) -> tuple[int, tuple[int, int]]:
     """How many slices a volume gives, and their (width, height), from its header."""
-    volume, spacing = _canonical(path)
+    shape, spacing = _header(path)
     a, b = (axis for axis in range(3) if axis != options.axis)
     fine = min(spacing[a], spacing[b])
-    size = (round(volume.shape[a] * spacing[a] / fine), round(volume.shape[b] * spacing[b] / fine))
-    return len(slice_range(options.slices, volume.shape[options.axis])), size
+    size = (round(shape[a] * spacing[a] / fine), round(shape[b] * spacing[b] / fine))
+    return len(slice_range(options.slices, shape[options.axis])), size
+
+
+def slice_names(name: str, path: Path, options: DataOptions) -> list[str]:
+    """What `slices` calls the slices of a volume, from its header.
+
+    Arguments:
+        name: what the scan is called in the slices' names.
+        path: of the volume.
+        options: the axis, and which slices.
+    """
+    shape, _ = _header(path)
+    return [f"{name} slice {index}" for index in slice_range(options.slices, shape[options.axis])]
+
+
+def _header(path: Path) -> tuple[list[int], list[float]]:
+    """The shape and the spacing that `_canonical` gives; nibabel reads a volume to turn it, this does not."""
+    nibabel = import_extra("nibabel")
+    volume = nibabel.load(path)
+    shape = volume.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise _no_volume(shape)
+    axes = nibabel.io_orientation(volume.affine)[:, 0]
+    if not np.isfinite(axes).all():
+        raise DataError("its header does not say how its axes lie: save it with an affine of three axes")
+    zooms = volume.header.get_zooms()
+    order = np.argsort(axes).tolist()
+    return [shape[axis] for axis in order], [float(zooms[axis]) or 1.0 for axis in order]
+
+
+def _no_volume(shape: tuple[int, ...]) -> DataError:
+    return DataError(f"{len(shape)} dimensions {shape}, not 3: give one volume a file")
