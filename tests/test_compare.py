@@ -569,6 +569,24 @@ def test_moments_lie_after_the_warm_up(tmp_path: Path) -> None:
     assert [axis.get_title() for axis in figure.axes] == ["A, step 600", "A, step 700", "A, step 1,000"]
 
 
+@pytest.mark.parametrize(
+    ("steps", "warm", "shown"),
+    [
+        ([1000, 2000, 3000, 4000, 5000], 2400, [3000, 4000, 5000]),  # 2,920, 3,440 and 5,000 are meant
+        ([1000, 2000, 3000], 2900, [1000, 2000, 3000]),
+        ([1000, 2000], 0, [1000, 2000, 2000]),
+    ],
+)
+def test_no_moment_is_shown_twice_where_there_are_three(
+    steps: list[int], warm: int, shown: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("L", (8, 8)).save(path)
+    figure = moments({"A": [(step, path) for step in steps]}, warm=warm)
+    assert figure is not None
+    assert [axis.get_title() for axis in figure.axes] == [f"A, step {step:,}" for step in shown]
+
+
 def test_a_run_s_pictures_have_their_steps(tmp_path: Path) -> None:
     run = fit(
         data="digits", network="tiny-mlp", latent_dim=2, steps=4, image_every=2, recipe="none", out=tmp_path / "r"

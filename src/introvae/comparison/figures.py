@@ -146,8 +146,8 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
 
 
 def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]], warm: int = 0) -> Figure | None:
-    """What each row's first run made of the same held-out images and latents at the moments `MOMENTS` of its training;
-    None where a run kept no picture before its end.
+    """What each row's first run made of the same held-out images and latents at the moments `MOMENTS` of its training,
+    each shown once as long as there are as many pictures; None where a run kept no picture before its end.
 
     Arguments:
         pictures: step and file of a run's pictures, in order, the last one of its end; by label.
@@ -160,9 +160,12 @@ def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]], warm: int = 0) -
     figure = _figure(len(MOMENTS), len(kept), WIDTH_OF_MOMENT, WIDTH_OF_MOMENT * first.shape[0] / first.shape[1] + 0.2)
     axes = iter(figure.axes)
     for label, its in kept.items():
-        for moment in MOMENTS:
+        begin = 0
+        for index, moment in enumerate(MOMENTS):
             meant = warm + moment * (its[-1][0] - warm)
-            step, path = min(its, key=lambda found: abs(found[0] - meant))
+            end = max(begin + 1, len(its) - (len(MOMENTS) - index - 1))  # one is left for each of the others
+            chosen = min(range(begin, end), key=lambda at, meant=meant: abs(its[at][0] - meant))
+            (step, path), begin = its[chosen], min(chosen + 1, len(its) - 1)
             axis = next(axes)
             axis.imshow(_picture(path), interpolation="antialiased")
             axis.set_title(f"{label}, step {step:,}", fontsize=7)
