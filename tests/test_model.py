@@ -14,6 +14,7 @@ from introvae import DiagonalGaussian, FitConfig, IntrospectiveVAE, list_network
 from introvae.errors import CheckpointError, ConfigError, DataError
 from introvae.gaussian import LOGVAR_RANGE
 from introvae.networks.conv import build_conv, possible_sides
+from introvae.networks.mlp import build_mlp
 
 SHAPES = {"mlp": (5,), "tiny-mlp": (2,), "conv": (3, 32, 32), "tiny-conv": (1, 8, 8)}
 
@@ -294,6 +295,16 @@ def test_a_saved_model_stays_what_it_was_under_other_defaults(tmp_path: Path, mo
     assert torch.equal(loaded.reconstruct(x), model.eval().reconstruct(x))
     new = IntrospectiveVAE.build((1, 8, 8), "conv", 2, channels=[4])
     assert new.state_dict().keys() != model.state_dict().keys()
+
+
+def test_a_default_that_json_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(shape: tuple[int, ...], latent_dim: int, *, layers: list[type] = [nn.Tanh], hidden: int = 16):  # noqa: B006
+        return build_mlp(shape, latent_dim, hidden=hidden)
+
+    monkeypatch.setattr(networks, "_NETWORKS", {**networks._NETWORKS, "mine": build})
+    model = IntrospectiveVAE.build((4,), "mine", 2)
+    assert model.config is not None
+    assert model.config["options"] == {"hidden": 16}
 
 
 def damage_cut(folder):

@@ -192,14 +192,14 @@ def calibrate(
     value = float(scores[n - j])
     above, equal = int((scores > value).sum()), int((scores == value).sum())
     lowest = j if equal == 1 else above
-    fewer, count = 1.0, None
+    effective, count = float(n), None
     if groups is not None:
         (of,), count = _numbered([groups], [n])
         if count < 2:
             return Threshold(value, rate, math.nan, math.nan, n, count)
-        fewer = 1.0 if count == n else _effective(given >= value, of, count) / n
-    # The whole law is that of fewer images, of which the same share lies above.
-    law = (n + 1 if fewer == 1 else fewer * n + 1) / (n + 1)
+        if count < n:
+            effective = _effective(given >= value, of, count)
+    law = (effective + 1) / (n + 1)  # that of fewer images, of which the same share lies above
     low = float(betaincinv(law * lowest, law * (n + 1 - lowest), TAILS[0])) if lowest else 0.0
     return Threshold(value, rate, low, float(betaincinv(law * j, law * (n + 1 - j), TAILS[1])), n, count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -160,13 +161,15 @@ def settled_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     Arguments:
         name: one of `list_networks()`.
-        options: those that were given. They come first; a default that JSON does not know is left out.
+        options: those that were given. Of the others, what JSON does not know is left out.
 
     Example:
         >>> settled_options("mlp", {"hidden": 32})["depth"] == build_mlp.__kwdefaults__["depth"]
         True
     """
-    plain = (bool, int, float, str, list, tuple, dict, type(None))
-    parameters = inspect.signature(_NETWORKS[name]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, plain)}
-    return json.loads(json.dumps({**options, **{k: v for k, v in defaults.items() if k not in options}}))
+    settled = json.loads(json.dumps(options))
+    for parameter in inspect.signature(_NETWORKS[name]).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in options:
+            with suppress(TypeError, ValueError):  # a default of a user's builder may be anything, or missing
+                settled[parameter.name] = json.loads(json.dumps(parameter.default))
+    return settled
