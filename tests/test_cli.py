@@ -200,6 +200,7 @@ def test_the_report_follows_the_contract(digits: Run) -> None:
     assert sum(row["n"] for row in report["class_posteriors"]) == report["heldout"]
     means = [row["n"] * row["kl_nats"] / report["heldout"] for row in report["class_posteriors"]]
     assert sum(means) == pytest.approx(report["metrics"]["kl_real_nats"]["value"], rel=1e-4)
+    assert all("active units" in row["protocol"] for row in report["class_posteriors"])
     page = (digits.folder / report["page"]).read_text()
     assert "Held-out data by class" in page
     assert page.count('<td class="n">') > 40

@@ -228,10 +228,15 @@ def test_classes_are_told_only_where_they_are_those_of_the_data():
         assert found.yardstick is not None
         assert ("confident_share_mnist" in found.yardstick.saved) == told
         assert all("no labels" not in entry["protocol"] for entry in found.metrics.values())
-    shares = examine(drawn(x), data_of(images(50, side=28, seed=1), x, labels=judged)).class_shares["mnist"]
+    found = examine(drawn(x), data_of(images(50, side=28, seed=1), x, labels=judged))
+    shares = found.class_shares["mnist"]
     assert shares["classes"] == [str(i) for i in range(10)]
     assert shares["heldout"] == pytest.approx((torch.bincount(judged, minlength=10) / 40).tolist(), abs=1e-6)
     assert sum(shares["samples"]) == pytest.approx(1, abs=1e-5)
+    n, entry = shares["n"], found.metrics["class_distance_mnist"]
+    assert n == entry["n"] == 40
+    assert shares["protocol"].startswith(f"shares of the likeliest class of {n} samples and of 40 held-out images,")
+    assert "classifier of mnist (99.5 % right on its test images)" in shares["protocol"]
 
 
 @pytest.mark.parametrize("labels", [None, torch.full((40,), -1)])
@@ -242,7 +247,7 @@ def test_classes_of_images_without_labels_are_told_where_they_are_asked_for_with
         assert (
             "the data have no labels: whether they are of its classes is not known;" in found.metrics[name]["protocol"]
         )
-    assert "mnist" in found.class_shares
+    assert "the data have no labels" in found.class_shares["mnist"]["protocol"]
     wrong = (load_classifier("mnist").network(data.heldout.tensor()).argmax(dim=1) + 1) % 10
     found = examine(model, data_of(images(50, side=28, seed=1), images(40, side=28), labels=wrong), features=["mnist"])
     assert not set(class_metrics_in("mnist")) & set(found.metrics), "of other classes it has nothing to say"

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 from introvae import ConfigError, IntrospectiveVAE
 from introvae.data import ArrayData, DataOptions, from_array, load_data
 from introvae.metrics import neighbours as metric
+from introvae.metrics.features import feature_space
 from introvae.metrics.neighbours import nearest
 from introvae.report import page
 from introvae.report.neighbours import SHOWN, neighbours
@@ -141,6 +142,12 @@ def test_a_model_that_copies_some_images_is_found_out_by_the_quantile() -> None:
     its = facts["pixels"]
     assert f"median and 5 % quantile: by pixels {page.number(its['samples'])}, {page.number(its['samples_5'])}" in told
     assert f"(held-out images {page.number(its['heldout'])}, {page.number(its['heldout_5'])})" in told
+    count = f"{facts['n']} samples and {len(data.heldout)} held-out images, each to the nearest of {facts['searched']} "
+    assert facts["protocol"].startswith(count)
+    assert "pixels: Euclidean distance, values in [0, 1]" in facts["protocol"]
+    space = feature_space(facts["space"])
+    assert f"features: 1 - cosine in {space.name} ({space.note})" in facts["protocol"]
+    assert f"Protocol: {facts['protocol']}." in told
 
 
 def test_large_images_are_searched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +173,7 @@ def test_of_a_stream_some_are_searched_and_the_page_says_so(
         model = IntrospectiveVAE(Encodes(), Copies(data.heldout.tensor()), latent_dim=2)
         _, facts = neighbours(model, data)
         assert told in page._caption("neighbours", "", {"neighbours": facts})
+        assert f"each to the nearest of {facts['searched']} of 54 training images" in facts["protocol"]
 
 
 @pytest.mark.parametrize("objective", ["AGE", "WGANGP", "VAE"])

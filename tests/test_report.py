@@ -30,7 +30,7 @@ from introvae.measures import ACTIVE_VARIANCE, METRICS, measure, metrics_in
 from introvae.metrics.features import values
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.report import figures
-from introvae.report.page import CAPTIONS, MEANING, number
+from introvae.report.page import CAPTIONS, MEANING, number, render
 from introvae.training.curves import curves
 from unprepared import USED, write_odd_files
 
@@ -240,6 +240,23 @@ def test_the_table_has_every_metric_with_its_numbers(run: Run) -> None:
         assert MEANING[name] in page.text
     assert "Floor: what real data score in the samples' place (held-out ones; for precision to coverage" in page.text
     assert "averaged weights" not in page.text
+
+
+def test_classes_and_neighbours_have_their_protocol_on_the_page(runs: dict[str, Run]) -> None:
+    run = runs["digits"]
+    report, page = run.report(), page_of(run)
+    assert len(report["class_posteriors"]) == 10
+    (protocol,) = {row["protocol"] for row in report["class_posteriors"]}
+    assert protocol.startswith("n held-out images of the class, z = mode, evaluation mode, saved weights;")
+    assert f"varies by more than {ACTIVE_VARIANCE} over them" in protocol
+    assert f"{protocol}." in page.text
+    assert f"Protocol: {report['neighbours']['protocol']}." in page.text
+    shares = {"classes": ["one", "two"], "samples": [0.25, 0.75], "heldout": [0.5, 0.5]}
+    told = {"n": 40, "protocol": "of 40 & 9"}
+    more = {"intake": None, "guard": [], **report, "class_shares": {"mnist": {**shares, **told}}}
+    page = Page(render(more, run.folder, "", []))
+    assert ["one", "0.25", "0.5"] in page.rows
+    assert "of 40 & 9." in page.text
 
 
 def test_every_metric_has_a_meaning() -> None:

@@ -100,8 +100,8 @@ def evaluate(
         "metrics": {name: {"value", "std", "n", "protocol", "floor"}}, "variants": {"training mode" or "raw weights":
         {name: {"value", "saved", "gap", "n", "protocol"}} or why there are none}, "evaluation": {"model", "train",
         "heldout": checksums, "seed", "samples", "reference", "device"}, "pictures": {name: file},
-        "class_posteriors": of each class of labelled data, "intake": what became of each file, ...}`; keys that do not
-        apply are left out.
+        "class_posteriors": of each class of labelled data, "class_shares": by classifier, "neighbours": how near
+        samples are to training images, "intake": what became of each file, ...}`; keys that do not apply are left out.
         "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
         distance training ones), or a perfect sampler; "gap" is how far a variant is from the saved model (in evaluation
         mode), as a share of that one's value.

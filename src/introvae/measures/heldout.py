@@ -99,9 +99,9 @@ def class_posteriors(heldout: Heldout, names: Sequence[str] = ()) -> list[dict[s
         names: of the classes, by number.
 
     Returns:
-        For each class that occurs, in their order: "class", "n", mean "mse", mean "kl_nats", and "active_units", the
-        latent dimensions whose posterior mean varies within the class. Nothing without labels, of a single class, and
-        of more than `MOST_CLASSES`, which no reader compares.
+        For each class that occurs, in their order: "class", "n", mean "mse", mean "kl_nats", "active_units", the latent
+        dimensions whose posterior mean varies within the class, and "protocol". Nothing without labels, of a single
+        class, and of more than `MOST_CLASSES`, which no reader compares.
 
     Example:
         >>> part, q = Part(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])), torch.tensor([[0.0], [2.0], [1.0], [1.0]])
@@ -114,6 +114,11 @@ def class_posteriors(heldout: Heldout, names: Sequence[str] = ()) -> list[dict[s
     if labels is None or not 1 < len(known) <= MOST_CLASSES:
         return []
     kl, found = heldout.posterior.kl(), []
+    kind, how = _how(heldout)
+    protocol = (
+        f"n held-out {kind} of the class, {how}; squared error and KL: means over them; active units: latent "
+        f"dimensions whose posterior mean varies by more than {posterior.ACTIVE_VARIANCE} over them"
+    )
     for label in known:
         its = labels == label
         found.append(
@@ -123,6 +128,7 @@ def class_posteriors(heldout: Heldout, names: Sequence[str] = ()) -> list[dict[s
                 "mse": float(heldout.mse[its].mean()),
                 "kl_nats": float(kl[its].mean()),
                 "active_units": posterior.active_units(heldout.posterior.mean[its]) if its.sum() > 1 else 0,
+                "protocol": protocol,
             }
         )
     return found
@@ -130,9 +136,8 @@ def class_posteriors(heldout: Heldout, names: Sequence[str] = ()) -> list[dict[s
 
 def heldout_metrics(model: IntrospectiveVAE, heldout: Heldout, posteriors: bool = True) -> Metrics:
     """How well held-out data are reconstructed and, where the encoder gives them, how their posteriors lie."""
-    n, images = len(heldout.part), heldout.part.x.ndim == 4
-    kind, mode = ("images", "evaluation mode, ") if images else ("vectors", "")
-    protocol = f"{n} held-out {kind}, z = mode, {mode}saved weights; mean and std over {kind}"
+    n, images, (kind, how) = len(heldout.part), heldout.part.x.ndim == 4, _how(heldout)
+    protocol = f"{n} held-out {kind}, {how}; mean and std over {kind}"
     notes = {"lpips": "; AlexNet, version 0.1, images under 64 pixels enlarged"}
     if images:
         sigma = reconstruction.ssim_sigma(min(heldout.part.x.shape[2:]))
@@ -144,6 +149,12 @@ def heldout_metrics(model: IntrospectiveVAE, heldout: Heldout, posteriors: bool 
     if n > 1 and posteriors:
         found |= _posterior(model, heldout, kind)
     return found
+
+
+def _how(heldout: Heldout) -> tuple[str, str]:
+    """What is held out, images or vectors, and how the model was run on it."""
+    kind, mode = ("images", "evaluation mode, ") if heldout.part.x.ndim == 4 else ("vectors", "")
+    return kind, f"z = mode, {mode}saved weights"
 
 
 def _posterior(model: IntrospectiveVAE, heldout: Heldout, kind: str) -> Metrics:

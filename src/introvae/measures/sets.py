@@ -309,10 +309,8 @@ def _classes(
     n, real = len(torch.cat(samples.sure)), len(torch.cat(heldout.sure))
     of_heldout, of_samples = heldout.shares(k), samples.shares(k)
     of_train = train.shares(k, first=n)  # as many as samples: the shares of fewer are further off by chance
-    protocol = (
-        f"{n} samples, the package's classifier of {name} ({100 * judge.accuracy:.1f} % right on its test images)"
-        f"{remark}; floor: {real} held-out images in the samples' place"
-    )
+    how = f"the package's classifier of {name} ({100 * judge.accuracy:.1f} % right on its test images){remark}"
+    protocol = f"{n} samples, {how}; floor: {real} held-out images in the samples' place"
     found = {
         f"confident_share_{name}": entry(
             [samples.confident(SURE)], n, f"class probability >= {SURE}; {protocol}", heldout.confident(SURE)
@@ -335,6 +333,8 @@ def _classes(
         "classes": list(judge.classes),
         "samples": [round(share, 6) for share in of_samples.tolist()],
         "heldout": [round(share, 6) for share in of_heldout.tolist()],
+        "n": n,
+        "protocol": f"shares of the likeliest class of {n} samples and of {real} held-out images, {how}",
     }
 
 

@@ -46,7 +46,8 @@ def neighbours(
         The picture; and for "pixels" and "features" the median distance of samples to their nearest training image
         ("samples") and that of as many held-out images, if there are, ("heldout"), and the 5 % quantiles of both
         ("samples_5", "heldout_5"), which fall first where only some samples are copies. Where all ("train") were
-        searched, copies are much nearer than held-out images; blurred samples are somewhat nearer too.
+        searched, copies are much nearer than held-out images; blurred samples are somewhat nearer too. "n" is the
+        number of samples, "protocol" says how all of it was measured.
 
     Source: IntroVAE (2018), Sec. 4.3.
     """
@@ -76,6 +77,12 @@ def neighbours(
         "searched": len(train),
         "train": len(data.train),
         "n": len(samples),
+        "protocol": (
+            f"{len(samples)} samples and {len(heldout)} held-out images, each to the nearest of {len(train)} of "
+            f"{len(data.train)} training images; pixels: Euclidean distance, values in [0, 1]; features: 1 - cosine in "
+            f"{space.name}{f' ({space.note})' if space.note else ''}; median and {100 * LOW:.0f} % quantile over "
+            "samples, and over held-out images"
+        ),
     }
     columns = [samples[:SHOWN]]
     for name, its in found.items():

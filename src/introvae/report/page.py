@@ -134,7 +134,7 @@ def _caption(name: str, caption: str, report: dict[str, Any]) -> str:
         ]
         return (
             f"{caption} Distance to the nearest of {_searched(its)} training images, median and 5 % quantile: by "
-            f"pixels {far[0]}, by 1 - cosine in {its['space']} {far[1]}."
+            f"pixels {far[0]}, by 1 - cosine in {its['space']} {far[1]}. Protocol: {its['protocol']}."
         )
     return caption
 
