@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import re
+import statistics
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +36,8 @@ from introvae.training.growing import Growth, Schedule
 from introvae.training.loop import Trainer
 from introvae.training.planner import Plan
 
-DOCS = Path(__file__).parent.parent / "docs" / "recipes.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "recipes.md"
 
 ALL = list_recipes()
 OF_PAPERS = [name for name in ALL if name.endswith(("-baseline", "-published")) and name != "images-published"]
@@ -73,6 +76,19 @@ SHAPES = {
     "scans-softintrovae": (1, 128, 128),
     "table-softintrovae": (6,),
 }
+OBJECTIVES = {
+    "VAE": "vae",
+    "IntroVAE": "introvae",
+    "Soft-IntroVAE": "softintrovae",
+    "AS-IntroVAE": "asintrovae",
+    "WGAN-GP": "wgangp",
+}
+PLANE_METRICS = ("kl_soft_introvae", "jsd_soft_introvae", "modes", "share_within_3_sigma")
+MEASURED = {
+    "mnist": ("images", ("psnr_db", "frechet_mnist", "confident_share_mnist")),
+    **dict.fromkeys(("8gaussians", "2spirals", "checkerboard", "rings"), ("table-2d", PLANE_METRICS)),
+}
+"""The committed table whose figures stand in the heads of recommended recipes, and its metrics there."""
 HUB = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+(:[\w+.-]+)?")
 WHICH = re.compile(r"introvae fit( --\S+ \S+)+$")
 
@@ -171,9 +187,73 @@ def test_the_head_of_a_row_in_the_plane_tells_figure_floor_length_and_cost(name:
     assert f"{(ours.steps or 0) * ours.batch_size / 1e6:.0f} million points" in told["cost"]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "images-softintrovae"])
-def test_every_head_tells_the_cost(name: str) -> None:
-    assert re.search(r"minute|second|hour|not measured", facts(name)["cost"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_head_tells_what_to_expect_and_the_cost(name: str) -> None:
+    told = facts(name)
+    assert re.search(r"\d|not measured|no figure is published", told["expect"])
+    assert re.search(r"minute|second|hour|not measured", told["cost"])
+
+
+@cache
+def rows_of(table: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a committed comparison with recommended settings, by data and objective."""
+    text = (ROOT / "benchmarks" / "results" / table / "comparison.json").read_text(encoding="utf-8")
+    named = {f"{kind}-{name}" for kind in MEASURED for name in OBJECTIVES.values()}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for section in json.loads(text)["sections"]:
+        for row in section["cells"] if section["key"] in ("mnist", "8gaussians", "others") else ():
+            key = row["data"].removeprefix("density:"), OBJECTIVES.get(row["label"], "")
+            if "-".join(key) in named:
+                found[key] = row
+    return found
+
+
+def figure(row: dict[str, Any], metric: str) -> str:
+    """Mean ± standard deviation, as in comparison.md."""
+    values = [run["metrics"][metric] for run in row["runs"]]
+    return f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if kind(name) in MEASURED and name not in PAPERS])
+def test_a_measured_recipe_s_head_has_the_figures_of_the_committed_table(name: str, tmp_path: Path) -> None:
+    data, objective = name.split("-")
+    table, metrics = MEASURED[data]
+    row, told = rows_of(table)[data, objective], facts(name)["expect"]
+    (tmp_path / "settings.yaml").write_text(json.dumps(row["settings"]))
+    measured = load_config(tmp_path / "settings.yaml")
+    assert dataclasses.replace(measured, data=config(name).data) == config(name), "measured with other settings"
+    if {run["status"] for run in row["runs"]} == {"not run"}:
+        assert told == "not measured."
+        return
+    assert {run["status"] for run in row["runs"]} == {"done"}
+    for metric in metrics:
+        if metric in row["runs"][0]["metrics"]:
+            assert figure(row, metric) in told, metric
+        if metric in row["runs"][0]["floors"] and metric != "modes":
+            assert f"{row['runs'][0]['floors'][metric]:.3g}" in told, f"floor of {metric}"
+    assert f"mean ± standard deviation of {len(row['runs'])} seeds (benchmarks/results/{table})" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "metrics"),
+    [
+        *((f"digits-{run}", "digits", ("psnr_db", "precision_pixels", "recall_pixels", "confident_share"))
+          for run in ("softintrovae", "vae")),
+        *(("table-softintrovae", file, ("mse", "frechet_values")) for file in ("wine", "breast-cancer")),
+    ],
+)  # fmt: skip
+def test_heads_of_digits_and_tables_have_the_committed_figures(name: str, file: str, metrics: tuple[str, ...]) -> None:
+    found = json.loads((ROOT / "docs" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    wanted = type(config(name).objective).__name__
+    run = next(run for run in found.get("runs", [found]) if run["objective"] == wanted)
+    assert run["steps"] == config(name).steps
+    told = facts(name)["expect"]
+    for metric in metrics:
+        assert f"{run['metrics'][metric]['value']:.3g}" in told
+        if "floor" in run["metrics"][metric]:
+            assert f"{run['metrics'][metric]['floor']:.3g}" in told
+    assert f"{file}.json" in told
+    assert "one seed" in told
 
 
 @pytest.mark.parametrize("data", HUB_WHOLE)
