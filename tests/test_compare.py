@@ -552,13 +552,13 @@ def test_runs_on_images_are_shown_at_three_moments(tmp_path: Path) -> None:
             path = tmp_path / f"{label}-{step}.png"
             Image.new("L", (60, 20), shade + step // 2).save(path)
             found.setdefault(label, []).append((step, path))
-    figure = moments({**found, "C": found["A"][-1:]})  # C kept only its last
+    figure = moments({**found, "C": found["A"][-1:], "D": []})  # C kept only its last, D none
     assert figure is not None
     titles = [f"{label}, step {step}" for label in "AB" for step in (20, 45, 100)]
-    assert [axis.get_title() for axis in figure.axes] == titles
-    shown = [int(np.asarray(axis.images[0].get_array())[0, 0, 0]) for axis in figure.axes]
-    assert shown == [50, 62, 90, 210, 222, 250]
-    assert moments({"C": found["A"][-1:]}) is None
+    assert [axis.get_title() for axis in figure.axes] == [*titles, "", "", "C, step 100"]
+    shown = [int(np.asarray(axis.images[0].get_array())[0, 0, 0]) for axis in figure.axes if axis.images]
+    assert shown == [50, 62, 90, 210, 222, 250, 90]
+    assert moments({"D": []}) is None
 
 
 def test_moments_lie_after_the_warm_up(tmp_path: Path) -> None:
@@ -574,17 +574,131 @@ def test_moments_lie_after_the_warm_up(tmp_path: Path) -> None:
     [
         ([1000, 2000, 3000, 4000, 5000], 2400, [3000, 4000, 5000]),  # 2,920, 3,440 and 5,000 are meant
         ([1000, 2000, 3000], 2900, [1000, 2000, 3000]),
-        ([1000, 2000], 0, [1000, 2000, 2000]),
+        ([1000, 2000], 0, [1000, 2000]),
+        ([2000], 0, [2000]),
     ],
 )
-def test_no_moment_is_shown_twice_where_there_are_three(
-    steps: list[int], warm: int, shown: list[int], tmp_path: Path
-) -> None:
+def test_no_picture_is_shown_twice(steps: list[int], warm: int, shown: list[int], tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     Image.new("L", (8, 8)).save(path)
     figure = moments({"A": [(step, path) for step in steps]}, warm=warm)
     assert figure is not None
     assert [axis.get_title() for axis in figure.axes] == [f"A, step {step:,}" for step in shown]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(5, 2), (12, 4), (400, 100), (1000, 0), (1500, 300), (1500, 1400), (5000, 2400), (20000, 4000)],
+)
+def test_pictures_lie_near_the_moments_that_are_meant(steps: int, warmup: int, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("L", (8, 8)).save(path)
+    every = execute.picture_every(steps, warmup)
+    drawn = [*range(every, steps, every), steps]
+    assert 3 <= len(drawn) <= 61
+    figure = moments({"A": [(step, path) for step in drawn]}, warmup)
+    assert figure is not None
+    shown = [int(axis.get_title().removeprefix("A, step ").replace(",", "")) for axis in figure.axes]
+    meant = [warmup + share * (steps - warmup) for share in (0.2, 0.4, 1.0)]
+    for step, wanted in zip(shown, meant, strict=True):
+        assert abs(step - wanted) <= max(1, 0.13 * (steps - warmup), steps / 50)
+
+
+LENGTHS = [*("--network", "tiny-mlp", "--latent_dim", "2", "--batch_size", "8"), "--lr-warmup", "0", "--log-every", "2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "every"),
+    [
+        (["--steps", "20", "--warmup.steps", "5"], 3),
+        (["--steps", "20", "--warmup.share", "0.5"], 2),
+        (["--steps", "20", "--image-every", "8"], None),
+        (["--steps", "20", "--image_every=1000"], None),
+        (["--epochs", "1", "--warmup.share", "0"], 35),  # 1,437 of the 1,797 digits are trained on: 179 steps
+    ],
+)
+def test_how_often_a_run_on_images_is_drawn_follows_from_its_length(
+    more: list[str], every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (0.01, 0.02))
+    (job,) = jobs(from_words(["SoftIntroVAE"], ["digits"], 1, [*LENGTHS, *more]), tmp_path)
+    asked = job.config
+    estimate([job], 1)
+    assert job.image_every == every
+    words = job.command()
+    assert words.count("--image_every") == (every is not None)
+    if every is not None:
+        assert words[words.index("--image_every") + 1] == str(every)
+    assert job.config is asked
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--settings"])
+def test_a_file_that_says_how_often_a_run_is_drawn_is_followed(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (0.01, 0.02))
+    for name, content in (("silent", {"steps": 20}), ("told", {"steps": 20, "image_every": 1000})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    rows = {name: f"--network tiny-mlp --warmup.share 0 {option} {tmp_path / name}.yaml" for name in ("silent", "told")}
+    plan = from_file(written(tmp_path, {"sections": {"s": {"data": "digits", "rows": rows}}}))
+    found = jobs(plan, tmp_path / "out")
+    estimate(found, 1)
+    assert [job.image_every for job in found] == [4, None]
+
+
+def test_points_in_the_plane_are_drawn_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_step_seconds", lambda trainer: (0.01, 0.02))
+    (job,) = jobs(from_words(["SoftIntroVAE"], ["density:rings"], 1, LENGTHS), tmp_path)
+    estimate([job], 1)
+    assert "--image_every" not in job.command()
+    assert job.config.image_every == 1000
+
+
+def test_short_runs_on_images_show_three_moments_and_stay_the_same_runs(
+    tmp_path: Path, command: Command, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first comparison is as it was made before compare chose how often a run is drawn."""
+    shown = list[list[str]]()
+
+    def drawn(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
+        figure = moments({job.cell.label: Run(job.folder).pictures() for job in every}, 5)
+        shown.append([] if figure is None else [axis.get_title() for axis in figure.axes if axis.images])
+        return []
+
+    def pictured(model: Any, data: Any, path: Path, encodes: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+
+    monkeypatch.setattr(loop, "preview", pictured)
+    monkeypatch.setattr(comparison, "_draw", drawn)
+    words = ["compare", "--objectives", "VAE,SoftIntroVAE", "--data", "digits", "--seeds", "1", *LENGTHS]
+    words += ["--steps", "20", "--warmup.steps", "5", "--checkpoint_every", "8"]
+    old, new = tmp_path / "old", tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "picture_every", lambda steps, warmup: FitConfig.image_every)
+        assert command(*words, "--out", old).code == 0
+    assert shown.pop() == ["VAE, step 20", "SoftIntroVAE, step 20"]
+    made = len(here.words)
+    finished, begun = (Run(old / "runs" / "comparison" / f"digits--{name}--0") for name in ("vae", "softintrovae"))
+    begun.report_path.unlink()
+    shutil.rmtree(begun.model_folder)
+    list_checkpoints(begun.checkpoints)[-1].unlink()
+    said = command(*words, "--out", old)
+    assert (said.code, said.err) == (0, "")
+    assert [words[:3] for words in here.words[made:]] == [["fit", "--resume", str(begun.folder)]]
+    assert finished.config().image_every == 1000
+    made = len(here.words)
+    assert command(*words, "--out", new, "--known", old / "comparison.json").code == 0
+    assert len(here.words) == made
+    shown.clear()
+    assert command(*words, "--out", new).code == 0
+    assert len(here.words) == made + 2
+    vae, soft = (f"VAE, step {s}" for s in (8, 12, 20)), (f"SoftIntroVAE, step {s}" for s in (9, 12, 20))
+    assert shown == [[*vae, *soft]]
+    runs = [Run(folder / "runs" / "comparison" / "digits--softintrovae--0") for folder in (old, new)]
+    assert weights(runs[0]) == weights(runs[1])
+    assert command("compare", *(run.folder for run in runs), "--out", tmp_path / "both").code == 0
+    assert [cell["done"] for cell in Compared(tmp_path / "both", "", []).cells] == [2]  # one row
 
 
 def test_a_run_s_pictures_have_their_steps(tmp_path: Path) -> None:
@@ -963,7 +1077,7 @@ def test_the_first_runs_that_fit_into_the_hours_are_chosen(tmp_path: Path) -> No
 # --- processes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Script(Job):
     """A run whose process is a few lines of Python, which start at once."""
 

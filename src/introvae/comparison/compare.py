@@ -43,7 +43,8 @@ def compare(
     """Train objectives on data with several seeds, or take finished runs, and lay the results side by side.
 
     What is finished in `out` is not run again, what was interrupted goes on, what failed is told and stays failed until
-    its folder is removed.
+    its folder is removed. Runs on images draw enough pictures to be shown at three moments, unless the row, its recipe
+    or `settings` give `image_every`.
 
     Arguments:
         objectives: names, each with its recommended recipe for the data.
@@ -230,7 +231,8 @@ def _draw(folder: Path, plan: Comparison, every: Sequence[Job]) -> list[str]:
             logs = {label: [Run(job.folder).log() for job in done[label]] for label in order}
             critics = [label for label in order if done[label][0].config.objective.encodes == "nothing"]
             pictures = {label: Run(done[label][0].folder).pictures() for label in order}
-            firsts = [row["step"] for runs in logs.values() for row in runs[0] if row["phase"] == "warmup"]
+            games = [logs[label][0] for label in order if done[label][0].config.objective.adversarial]
+            firsts = [row["step"] for rows in games for row in rows if row["phase"] == "warmup"]
             made = {
                 "samples": figures.samples(models, data, critics),
                 "stability": figures.stability(logs),

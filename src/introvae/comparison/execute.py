@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,16 +43,30 @@ EVALUATION_SECONDS, IMAGES_SECONDS = 12.0, 50.0
 """What starting a process and measuring a model take besides the steps: for points in the plane, and for images (MNIST,
 one thread).
 """
+PICTURES, MOST_PICTURES = 5, 50
+"""So many pictures of the game at least, so that `figures.moments` finds some near the moments that it means; about so
+many of the whole run at most, should the game be short.
+"""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Job:
-    """One run of a comparison."""
+    """One run of a comparison.
+
+    Arguments:
+        cell: its row on its data.
+        seed: of this run.
+        folder: of this run.
+        config: the settings that were asked for.
+        image_every: steps between two pictures that `estimate` chose; None: those of `config`. It decides nothing
+            but the pictures, so a run that was made without it is still this one.
+    """
 
     cell: Cell
     seed: int
     folder: Path
     config: FitConfig
+    image_every: int | None = field(default=None, init=False)
 
     @property
     def status(self) -> str:
@@ -92,7 +106,9 @@ class Job:
             return [*introvae, "evaluate", str(self.folder)]
         if self.status == "begun":
             return [*introvae, "fit", "--resume", str(self.folder), "--evaluate", "--quiet"]
-        return [*introvae, "fit", *self.cell.command(self.seed), "--out", str(self.folder), "--evaluate", "--quiet"]
+        words = self.cell.command(self.seed)
+        words += [] if self.image_every is None else ["--image_every", str(self.image_every)]
+        return [*introvae, "fit", *words, "--out", str(self.folder), "--evaluate", "--quiet"]
 
 
 def jobs(plan: Comparison, out: Path) -> list[Job]:
@@ -124,7 +140,7 @@ def default_workers() -> int:
 
 def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
     """Seconds that each job will take alone in its process, from a few steps of every different kind. Jobs whose data
-    are not there are told and left out.
+    are not there are told and left out. Now that their length is known, those on images get their `image_every`.
 
     Raises:
         IntrovaeError: a job's settings will not do, or no job's data are there.
@@ -154,6 +170,8 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
             share = 1 - _share_done(job, steps)
             rest = IMAGES_SECONDS if len(data.shape) == 3 else EVALUATION_SECONDS
             found[job] = rest + share * (warming * warm + (steps - warming) * full)
+            if len(data.shape) == 3 and not job.cell.gives_image_every:
+                job.image_every = picture_every(steps, warming)
     finally:
         torch.set_num_threads(before)
     if not found:
@@ -161,6 +179,18 @@ def estimate(todo: Sequence[Job], threads: int) -> dict[Job, float]:
             if isinstance(kind, DataError):
                 raise kind
     return found
+
+
+def picture_every(steps: int, warmup: int) -> int:
+    """Steps between two pictures of a run of so many steps, of which so many are its warm-up (0: there is no game), so
+    that `figures.moments` has three to show; never more than the default.
+
+    Example:
+        >>> picture_every(1500, 500), picture_every(20_000, 4000), picture_every(1500, 1490), picture_every(3, 0)
+        (200, 1000, 30, 1)
+    """
+    apart = max((steps - warmup) // PICTURES, steps // MOST_PICTURES, 1)
+    return min(apart, FitConfig.image_every)
 
 
 def _kind(config: FitConfig) -> str:

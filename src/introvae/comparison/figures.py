@@ -147,30 +147,43 @@ def gradients(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Figure 
 
 def moments(pictures: Mapping[str, Sequence[tuple[int, Path]]], warm: int = 0) -> Figure | None:
     """What each row's first run made of the same held-out images and latents at the moments `MOMENTS` of its training,
-    each shown once as long as there are as many pictures; None where a run kept no picture before its end.
+    each picture shown once: of a run that kept fewer, all, the last one below the others' last; None where no run kept
+    any.
 
     Arguments:
         pictures: step and file of a run's pictures, in order, the last one of its end; by label.
-        warm: steps of the longest warm-up: in it all rows are VAEs.
+        warm: steps of the longest warm-up before a game: in it all rows are VAEs.
     """
-    kept = {label: its for label, its in pictures.items() if len(its) > 1}
-    if not kept:
+    shown = {label: _at_moments(its, warm) for label, its in pictures.items() if its}
+    if not shown:
         return None
-    first = _picture(next(iter(kept.values()))[0][1])
-    figure = _figure(len(MOMENTS), len(kept), WIDTH_OF_MOMENT, WIDTH_OF_MOMENT * first.shape[0] / first.shape[1] + 0.2)
+    columns = max(map(len, shown.values()))
+    first = _picture(next(iter(shown.values()))[0][1])
+    figure = _figure(columns, len(shown), WIDTH_OF_MOMENT, WIDTH_OF_MOMENT * first.shape[0] / first.shape[1] + 0.2)
     axes = iter(figure.axes)
-    for label, its in kept.items():
-        begin = 0
-        for index, moment in enumerate(MOMENTS):
-            meant = warm + moment * (its[-1][0] - warm)
-            end = max(begin + 1, len(its) - (len(MOMENTS) - index - 1))  # one is left for each of the others
-            chosen = min(range(begin, end), key=lambda at, meant=meant: abs(its[at][0] - meant))
-            (step, path), begin = its[chosen], min(chosen + 1, len(its) - 1)
+    for label, its in shown.items():
+        for _ in range(columns - len(its)):
+            next(axes).set_axis_off()
+        for step, path in its:
             axis = next(axes)
             axis.imshow(_picture(path), interpolation="antialiased")
             axis.set_title(f"{label}, step {step:,}", fontsize=7)
             axis.set_axis_off()
     return figure
+
+
+def _at_moments(pictures: Sequence[tuple[int, Path]], warm: int) -> list[tuple[int, Path]]:
+    """Those of a run's pictures that lie nearest to the moments; all where there are no more than moments."""
+    if len(pictures) <= len(MOMENTS):
+        return list(pictures)
+    found, begin = [], 0
+    for index, moment in enumerate(MOMENTS):
+        meant = warm + moment * (pictures[-1][0] - warm)
+        end = len(pictures) - (len(MOMENTS) - index - 1)  # one is left for each of the others
+        chosen = min(range(begin, end), key=lambda at, meant=meant: abs(pictures[at][0] - meant))
+        found.append(pictures[chosen])
+        begin = chosen + 1
+    return found
 
 
 def _picture(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ import yaml
 
 from introvae.errors import ConfigError, checked_seed, unknown
 from introvae.objectives import get_objective
-from introvae.training.config import RECIPES, FitConfig, config_from_words, recommended_recipe, underscored
+from introvae.training.config import RECIPES, FitConfig, config_from_words, recommended_recipe, underscored, words_give
 
 log = logging.getLogger("introvae")
 
@@ -62,6 +62,11 @@ class Cell:
             ConfigError: a setting is wrong; the row is named.
         """
         return dataclasses.replace(self._parsed, seed=seed)
+
+    @cached_property
+    def gives_image_every(self) -> bool:
+        """Whether the row or its recipe says how often a picture is drawn."""
+        return words_give(self.command(self.seeds[0]), "image_every")
 
     @cached_property
     def _parsed(self) -> FitConfig:

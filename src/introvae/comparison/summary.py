@@ -346,8 +346,12 @@ def to_markdown(result: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 
 def labels_of(configs: Sequence[FitConfig]) -> list[str]:
-    """A label for each run: its objective, and the settings in which it differs from others of that objective."""
+    """A label for each run: its objective, and the settings in which it differs from others of that objective; when
+    pictures were drawn is of no account.
+    """
     flats = [flat(settings_of(config, config.data)) for config in configs]
+    for settings in flats:
+        settings.pop("image_every", None)
     labels = []
     for config, mine in zip(configs, flats, strict=True):
         name = type(config.objective).__name__

@@ -298,7 +298,32 @@ def config_from_words(words: Sequence[str]) -> FitConfig:
         >>> config_from_words(["--data", "density:rings", "--batch-size", "32"]).batch_size
         32
     """
-    rest, recipe = [], "auto"
+    recipe, rest = _recipe_of(words)
+    return parse_config(rest, recipe_files(recipe, rest))
+
+
+def words_give(words: Sequence[str], name: str) -> bool:
+    """Whether the words of an `introvae fit` command, or the files that they name or imply, give a setting.
+
+    Raises:
+        ConfigError: an unknown or unreadable setting or recipe.
+
+    Example:
+        >>> words = ["--data", "density:rings", "--batch-size", "32"]
+        >>> words_give(words, "batch_size"), words_give(words, "latent_dim"), words_give(words, "image_every")
+        (True, True, False)
+    """
+    recipe, rest = _recipe_of(words)
+    files, left = recipe_files(recipe, rest), rest
+    while (file := _asked(left, "--settings"))[0] is not None:
+        files, left = [*files, Path(file[0])], file[1]
+    given = {word.partition("=")[0] for word in rest}
+    return f"--{name}" in given or any(name in _content(file) for file in files)
+
+
+def _recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe that words name, "auto" where they name none, and the other words."""
+    recipe, rest = "auto", []
     given = iter([underscored(word) for word in words])
     for word in given:
         if word == "--recipe":
@@ -307,7 +332,7 @@ def config_from_words(words: Sequence[str]) -> FitConfig:
             recipe = word.partition("=")[2]
         else:
             rest.append(word)
-    return parse_config(rest, recipe_files(recipe, rest))
+    return recipe, rest
 
 
 def giving_way(words: Sequence[str], files: Sequence[Path] = (), resuming: bool = False) -> list[str]:
