@@ -12,16 +12,30 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from introvae import ASIntroVAE, FitConfig, IntroVAE, Objective, Run, SoftIntroVAE, Warmup, evaluate, fit, measures
+from introvae import (
+    ASIntroVAE,
+    FitConfig,
+    IntroVAE,
+    Objective,
+    Run,
+    SoftIntroVAE,
+    Warmup,
+    evaluate,
+    fit,
+    from_array,
+    measures,
+)
 from introvae.errors import DivergedError, InterruptedRunError
 from introvae.parallel import Alone
 from introvae.training import guard
 from introvae.training.checkpoint import list_checkpoints
 from introvae.training.controller import Controller
+from introvae.training.growing import Growth
 from introvae.training.guard import Alarm, Copies, Guard, Watch
 from introvae.training.loop import Trainer
 
@@ -627,6 +641,63 @@ def test_a_rollback_into_the_warm_up_keeps_the_margin_that_the_warm_up_found() -
         controller.update(step)
         controller.observe(step, record)
     assert controller.values["margin"].item() == pytest.approx(1.2 * 2.0)
+
+
+@pytest.mark.parametrize("factor", [4.0, 0.5])
+def test_a_rollback_into_the_warm_up_keeps_the_change_of_an_automatic_beta_neg(factor: float) -> None:
+    objective = SoftIntroVAE(beta_neg="auto")
+    weight = torch.zeros(1)
+    record = {name: torch.tensor(value) for name, value in HEALTHY.items()}
+
+    def began(change: float) -> float:
+        controller = Controller(objective, 450, 2000, "cpu", 2)
+        guard = Guard("act", objective, 2, controller, lambda: [weight], Alone())
+        for step in range(460):
+            controller.update(step)
+            controller.observe(step, record)
+            warm = {name: record[name] for name in ("rec", "kl_real", "loss_encoder")}
+            guard.see(step + 1, warm if step < 450 else record)
+        event = guard.answer(460, Alarm("KL(real) explodes", "beta_neg", change))
+        assert event is not None
+        assert event["back_to"] == 200
+        controller.update(460)
+        return controller.values["beta_neg"].item()
+
+    assert began(factor) == pytest.approx(factor * began(1.0))
+
+
+@pytest.mark.parametrize("between", [1, 5, 10])
+def test_numbers_that_a_checkpoint_judged_count_for_a_copy(between: int) -> None:
+    game = Game()
+    while game.step < 400:
+        game.play(game.step + between)
+        assert game.guard.judge(game.step) is None  # as the loop does before it saves
+    assert game.guard.copies.good_step == 200
+    assert [event["back_to"] for event in game.play(430, rec=math.nan)] == [200]
+
+
+def test_a_level_of_growing_does_not_begin_with_what_is_not_finite(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 16, 16), dtype=np.uint8)
+    options: dict[str, Any] = {"channels": [2, 3, 4], "style_dim": 5, "mapping": 2}
+    config = FitConfig(
+        data="array", network="style", network_options=options, latent_dim=3, batch_size=4, steps=100, image_every=0,
+        objective=SoftIntroVAE(beta_neg=9.0), growing=Growth(samples=200, fade=0, start=8), device="cpu",
+    )  # fmt: skip
+    trainer = Trainer(config, from_array(pixels))
+    assert trainer.grower is not None
+    assert [level.first for level in trainer.grower.schedule.levels] == [0, 50]
+    weight, broken = next(trainer.model.decoder.parameters()), []
+
+    def once(gradient: Tensor) -> Tensor:
+        if trainer.step_index != 48 or broken:
+            return gradient
+        broken.append(True)
+        return gradient * math.nan
+
+    weight.register_hook(once)
+    run = trainer.train(Run.create(tmp_path / "run", trainer.config), progress=False)
+    assert [(event["step"], event["back_to"]) for event in run.events("guard")] == [(50, 20)]
+    assert all(bool(parameter.isfinite().all()) for parameter in run.model().parameters())
 
 
 # --- the guard in a run

@@ -126,6 +126,20 @@ def copy(runs: dict[str, Run], tmp_path: Path) -> Run:
     return Run(Path(shutil.copytree(runs["folder"].folder, tmp_path / "copy")))
 
 
+def test_a_table_of_a_run_whose_own_is_gone_has_a_report(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pd.DataFrame(draws.normal(size=(60, 3)), columns=pd.Index(["x", "y", "z"])).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    options: dict[str, Any] = {"network": "tiny-mlp", "latent_dim": 2, "recipe": "none", "batch_size": 16}
+    run = fit(data=str(tmp_path / "a.csv"), steps=2, out=str(tmp_path / "run"), progress=False, **options)
+    (tmp_path / "a.csv").unlink()
+    found = evaluate(run, data=str(tmp_path / "b.csv"))
+    assert found["metrics"]["mse"]["n"] == 60
+    assert (run.folder / "report-b.html").is_file()
+
+
 @dataclass
 class Page(HTMLParser):
     """What stands in a page."""

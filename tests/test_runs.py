@@ -37,6 +37,7 @@ from introvae import (
     evaluate,
     fit,
     from_array,
+    load_data,
     open_run,
 )
 from introvae.cli import main
@@ -233,6 +234,44 @@ def test_resuming_equals_going_on(tmp_path: Path, settings: dict[str, Any]) -> N
     data = settings.get("data", vectors())
     fit(resume=resumed.folder, data=None if isinstance(data, str) else data, progress=False)
     assert_same_run(resumed, whole)
+
+
+OWN_OPTIONS: dict[str, Any] = {"size": 8, "channels": 3, "heldout": 0.3, "heldout_seed": 2}
+
+
+def test_an_array_is_read_again_as_the_run_read_it(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    settings: dict[str, Any] = {"data": x, "network": "tiny-conv", "steps": 12, "checkpoint_every": 8, **OWN_OPTIONS}
+    whole = small(tmp_path / "whole", **settings)
+    resumed = rewound(whole, tmp_path / "resumed", checkpoint=-2)
+    fit(resume=resumed.folder, data=x, progress=False)
+    assert_same_run(resumed, whole)
+    with pytest.raises(RunError, match=r"heldout is 0\.3 in the run, 0\.2 here"):
+        fit(resume=resumed.folder, data=x, heldout=0.2, progress=False)
+    with pytest.raises(DataError, match="give the same array again as data="):
+        fit(resume=resumed.folder, progress=False)
+
+
+def test_a_recipe_s_options_are_for_arrays_too(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("size: 8\nchannels: 3\nheldout: 0.3\nnetwork: tiny-conv\nsteps: 2\nbatch_size: 4\n")
+    run = fit(data=x, recipe=str(recipe), out=str(tmp_path / "run"), progress=False)
+    assert run.model().shape == (3, 8, 8)
+    assert run.config().size == 8
+    known = run.model().config
+    assert known is not None
+    assert known["data"]["fingerprint"] == load_data(x, run.config()).fingerprint()  # what was held out is known again
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\x00\n", b"3\n", b"null\n", b"[1]\n"])
+def test_a_damaged_log_is_read_as_far_as_it_is_whole(tmp_path: Path, line: bytes) -> None:
+    run = small(tmp_path / "run", data="density:rings", steps=3)
+    with open(run.log_path, "ab") as log:
+        log.write(line)
+    assert [row["step"] for row in run.log()] == [1, 2, 3]
+    run.rewind_log(2)
+    assert [row["step"] for row in run.log()] == [1, 2]
 
 
 def test_leftovers_of_a_crash_do_no_harm(tmp_path: Path) -> None:

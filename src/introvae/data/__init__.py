@@ -142,7 +142,7 @@ def _load(name: str, options: DataOptions, preparation: Preparation | TablePrepa
 
         return load_digits()
     if name == "array":
-        raise DataError("the run's data were an array in memory: give it again, as data=... or as --data FILE.npy")
+        raise DataError("the run's data were an array in memory: from Python, give the same array again as data=...")
     path = _path(name)
     if is_table(path):
         if isinstance(preparation, Preparation):

@@ -95,13 +95,14 @@ def error_histogram(values: Tensor, title: str) -> Figure:
 
 
 def columns_figure(data: ArrayData, reconstruction: Tensor, sample: Tensor) -> Figure:
-    """For a table: the first two principal axes of the held-out rows, and the share of each column's variance that the
-    reconstructions keep.
+    """For a table: the held-out rows on the first two principal axes of the training rows, and the share of each
+    column's variance that the reconstructions keep.
     """
     figure, (left, right) = axes(2)
     real = data.heldout.x
-    centre = data.train.x.mean(dim=0)
-    principal = torch.linalg.svd(data.train.x - centre, full_matrices=False).Vh[:2]
+    known = data.train.x if len(data.train) else real  # rows of a file of their own, where the run's are gone
+    centre = known.mean(dim=0)
+    principal = torch.linalg.svd(known - centre, full_matrices=False).Vh[:2]
     parts = (("real", real, REAL), ("reconstruction", reconstruction, RECONSTRUCTION), ("sample", sample, SAMPLE))
     for name, x, colour in parts:
         points = (x - centre) @ principal.T

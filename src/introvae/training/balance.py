@@ -195,7 +195,7 @@ class Gap:
     def begin(self, value: Tensor) -> None:
         before, seen = value.clone(), self._averages.seen["kl"] > 0
         surplus = torch.where(seen, surplus_exponent(self._objective, self._scale, self._averages["kl"]), 0.0)
-        self._exponent.copy_(surplus.clamp(min=START))
+        self._exponent.copy_((surplus.clamp(min=START) * self._factor).clamp(LEAST, MOST))
         self._home.copy_(surplus.clamp(min=HOME))
         self._settled.copy_(torch.where(surplus > START, SURPLUS * self._averages["kl"], 0.0))
         self._follow(value)

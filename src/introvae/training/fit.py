@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from introvae.data import DATA_OPTIONS, Data, DataOptions, load_data
+from introvae.data import DATA_OPTIONS, ArrayData, Data, DensityData, load_data
 from introvae.errors import ConfigError, RunError
 from introvae.parallel import processes
 from introvae.training.checkpoint import list_checkpoints, load_checkpoint
@@ -60,24 +60,33 @@ def fit(
     if isinstance(data, str | Path):
         settings["data"], data = str(data), None
     if data is not None:
-        given = {name: settings[name] for name in DATA_OPTIONS if name in settings}
-        data = load_data(data, config or DataOptions(**given))
-        settings["data"] = data.name
+        settings["data"] = data.name if isinstance(data, ArrayData | DensityData) else "array"
     if resume is not None:
+        if data is not None:  # it is read and divided as the run did
+            found = Run.open(resume).config()
+            given = {name: settings[name] for name in DATA_OPTIONS if name in settings}
+            data = load_data(data, config or dataclasses.replace(found, **given))
         return resume_fit(resume, config, settings, data, progress)
     if config is None:
-        if recipe == "auto" and data is not None and len(data.shape) == 1:
+        if recipe == "auto" and data is not None and _are_vectors(data):
             recipe = "none"
         config = config_for(recipe, settings)
     elif settings.keys() <= {"data"}:
         config = dataclasses.replace(config, **settings)
     else:
         raise ConfigError("give either a config or single settings, not both")
+    if data is not None:
+        data = load_data(data, config)
     trainer = Trainer(config, data)
     peers = trainer.peers
     folder = peers.tell(Path(config.out) if config.out else default_folder(config))
     peers.first_does(lambda: Run.create(folder, trainer.config))
     return trainer.train(Run(folder), progress)
+
+
+def _are_vectors(data: Any) -> bool:
+    """Whether data in memory are vectors: `shape` is a sample's of data, and of all samples of an array."""
+    return len(getattr(data, "shape", ())) == (1 if isinstance(data, ArrayData | DensityData) else 2)
 
 
 def config_for(recipe: str, settings: dict[str, Any]) -> FitConfig:

@@ -248,6 +248,10 @@ class Grower:
         self._forget()
         return step > 0
 
+    def ends_with(self, step: int) -> bool:
+        """Whether a level begins when so many steps are done."""
+        return any(step == level.first for level in self.schedule.levels[1:])
+
     def fit(self, x: Tensor) -> Tensor:
         """Images `[N, C, S, S]` as the level takes them: the means over areas; those that a level is faded in with are
         blended with the ones of the level below.

@@ -290,6 +290,7 @@ class Guard:
         )
         self.attempts, self.rate = 0, 1.0
         self.warned: list[str] = []
+        self._judged = False  # whether numbers were found to be good since the last look
 
     def see(self, step: int, record: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """After step number `step` (from 1): note its numbers and judge the ones noted before.
@@ -299,8 +300,8 @@ class Guard:
         """
         if self.mode == "off" or step % LOOK:
             return None
-        judged = bool(self.readback)
         event = self.judge(step)
+        judged, self._judged = self._judged, False
         found = {name: record[name] for name in SEEN if name in record}
         self.readback.put({"step": step}, {**found, **self.controller.found()}, self.controller.plain())
         if event is None and judged:
@@ -315,11 +316,12 @@ class Guard:
             alarm = self.watch.judge(row["step"], numbers, {name: row[name] for name in self.controller.values})
             if alarm is not None:
                 return self.answer(step, alarm)
+            self._judged = True
         return None
 
     def answer(self, step: int, alarm: Alarm) -> dict[str, Any] | None:
         """Do something about an alarm, or only tell of it."""
-        self.copies.candidate_step = None
+        self.copies.candidate_step, self._judged = None, False
         event: dict[str, Any] = {"step": step, "cause": alarm.cause, "change": alarm.change}
         if self.mode == "warn" and not alarm.lost:
             kind = re.sub(r"[\d.]+(e[+-]?\d+)?", "", alarm.cause)

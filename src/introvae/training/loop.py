@@ -282,6 +282,8 @@ class Trainer:
                     self._log(run, lines, row, bar)
                 if save:
                     self._save(run)
+                elif self.grower is not None and self.grower.ends_with(done):
+                    self._make_sound(run)  # while there are copies of this level to go back to
                 if draw:
                     self._picture(run, f"step_{done:08d}.png")
                 if stop and done < self.steps:
@@ -413,10 +415,14 @@ class Trainer:
         weights = [*self.model.parameters(), *self.average.model.parameters()]
         return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
 
-    def _save(self, run: Run) -> None:
+    def _make_sound(self, run: Run) -> None:
+        """See to it that what is kept, or gone on from with other images, is a state without an alarm."""
         self._tell(run, self.guard.judge(self.step_index))
         while not self._finite():  # each attempt goes back to a good state; the last one raises
             self._tell(run, self.guard.lost(self.step_index, "the weights are not finite"))
+
+    def _save(self, run: Run) -> None:
+        self._make_sound(run)
         if self.peers.first:
             save_checkpoint(run.checkpoints, self.step_index, self.state_dict())
 

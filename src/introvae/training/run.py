@@ -208,11 +208,15 @@ class Run:
 
     def _lines(self) -> list[dict[str, Any]]:
         rows = []
-        for line in self.log_path.read_text().splitlines() if self.log_path.is_file() else []:
+        text = self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""
+        for line in text.splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
         return rows
 
     def pictures(self) -> list[tuple[int, Path]]:
