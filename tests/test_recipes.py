@@ -194,6 +194,17 @@ def test_every_head_tells_what_to_expect_and_the_cost(name: str) -> None:
     assert re.search(r"minute|second|hour|not measured", told["cost"])
 
 
+@pytest.mark.parametrize("name", [name for name in PAPERS if config(name).network_options.get("norm") == "batch"])
+def test_heads_advise_the_norm_that_docs_advise(name: str) -> None:
+    advised = re.findall(r"--network_options\.norm (\w+)", DOCS.read_text(encoding="utf-8"))
+    assert set(advised) == {"pixel"}
+    assert "(--network_options.norm pixel: the same)" in facts(name)["norm"]
+    options = {**config(name).network_options, "norm": "pixel"}
+    with torch.device("meta"):
+        model = IntrospectiveVAE.build(SETS[kind(name)][1], config(name).network, 8, **options)
+    assert not [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+
+
 @cache
 def rows_of(table: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The rows of a committed comparison with recommended settings, by data and objective."""
