@@ -93,6 +93,12 @@ def test_kernel_distance_needs_two_points():
         kernel_distances(normal(30, 2), normal(1, 2), torch.Generator(), subset=20)
 
 
+@pytest.mark.parametrize("points", [10, 30])
+def test_kernel_distance_needs_one_feature_space(points: int):
+    with pytest.raises(ConfigError, match="of 2 and of 3 features cannot be compared"):
+        kernel_distances(normal(points, 2), normal(points, 3), torch.Generator(), subset=20, subsets=2)
+
+
 # --- neighbourhoods
 
 
@@ -160,6 +166,16 @@ def test_an_odd_real_point_raises_precision_but_neither_density_nor_coverage():
 def test_a_set_needs_more_points_than_neighbours():
     with pytest.raises(ConfigError, match="5 given samples have no 5-th neighbour: give more than 5"):
         Manifold(normal(5, 2), [3, 5])
+
+
+def test_neighbourhoods_need_the_radii_and_one_feature_space():
+    points = normal(9, 2)
+    with pytest.raises(ConfigError, match=r"of the neighbours \[3\], where 5 is needed"):
+        neighbourhoods(Manifold(points, [3]), Manifold(points, [3]))
+    with pytest.raises(ConfigError, match=r"of the neighbours \[1\], where 3 is needed"):
+        neighbourhoods(Manifold(points, [3, 5]), Manifold(points, [1]))
+    with pytest.raises(ConfigError, match="of 2 and of 4 features cannot be compared"):
+        precision_recall(points, normal(9, 4))
 
 
 # --- MS-SSIM

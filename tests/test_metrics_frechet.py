@@ -286,6 +286,19 @@ def test_values_that_are_not_finite_are_refused_and_not_counted(bad: float):
     assert torch.equal(found.mean, before)
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2), (3,), (4, 3, 1)])
+def test_features_of_another_shape_are_refused_and_not_counted(shape: tuple[int, ...]):
+    found = of(normal(10, 3))
+    with pytest.raises(DataError, match=r"where \[N, 3\] is needed"):
+        found.update(torch.ones(shape))
+    assert found.count == 10
+
+
+def test_statistics_of_two_spaces_are_not_compared():
+    with pytest.raises(ConfigError, match="of 3 and of 4 features cannot be compared"):
+        frechet_distance(of(normal(9, 3)), of(normal(9, 4)))
+
+
 def test_one_sample_has_no_covariance():
     with pytest.raises(ConfigError, match="1 samples have no covariance: give at least two"):
         of(normal(1, 3)).covariance  # noqa: B018

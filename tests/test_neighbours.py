@@ -82,6 +82,8 @@ def test_bad_input_is_named() -> None:
         nearest(QUERY, [SET], 1, distance="manhattan")
     with pytest.raises(ConfigError, match="k is 0"):
         nearest(QUERY, [SET], 0)
+    with pytest.raises(ConfigError, match="of 6 and of 3 features cannot be compared"):
+        nearest(QUERY, [SET[:, 0]], 1)
 
 
 class Copies(nn.Module):

@@ -1,8 +1,10 @@
-"""Numbers in float64 where they are computed."""
+"""Features as metrics compare them: in float64 where they are computed, of one feature space."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from introvae.errors import ConfigError
 
 
 def exact(x: Tensor) -> Tensor:
@@ -14,3 +16,13 @@ def exact(x: Tensor) -> Tensor:
         tensor([1.], dtype=torch.float64)
     """
     return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def same_space(a: int, b: int) -> None:
+    """Raise `ConfigError` unless two sets have equally many features, as those of one feature space do.
+
+    Example:
+        >>> same_space(96, 96)
+    """
+    if a != b:
+        raise ConfigError(f"sets of {a} and of {b} features cannot be compared: take those of one feature space")

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError, DataError
+from introvae.metrics.exact import same_space
 
 
 class GaussianStatistics:
     """Mean and covariance of features, from sums in float64: batch by batch, in any order, on any number of processes.
 
+    The sums are kept on the CPU, and their size does not grow with the number of samples, which is `count`.
+
     Arguments:
         dim: number of features.
+
+    Source: the sums are of features less a shift, as Chan, Golub & LeVeque 1983 recommend; the covariance is unbiased.
 
     Example:
         >>> statistics = GaussianStatistics(2)
@@ -32,8 +37,11 @@ class GaussianStatistics:
         """Take features `[N, F]` into account.
 
         Raises:
-            DataError: NaN or infinite values.
+            DataError: another shape; NaN or infinite values.
         """
+        if features.ndim != 2 or features.shape[1] != len(self.total):
+            shape = list(features.shape)
+            raise DataError(f"the features have the shape {shape}, where [N, {len(self.total)}] is needed")
         x = features.detach().cpu().double()
         if not bool(x.isfinite().all()):
             raise DataError("the features hold NaN or infinite values: the model that made the images has diverged")
@@ -79,6 +87,20 @@ class GaussianStatistics:
 
         Call it once, in all processes, after the last `update`. With a process group that works on GPUs alone (NCCL),
         the sums travel through this process' current GPU.
+
+        Raises:
+            ValueError: there is no process group (`torch.distributed.init_process_group`).
+
+        Example:
+            >>> from torch import distributed
+            >>> store = distributed.HashStore()
+            >>> distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> statistics = GaussianStatistics(1)
+            >>> statistics.update(torch.tensor([[1.0], [3.0]]))
+            >>> statistics.all_reduce()
+            >>> statistics.count, statistics.mean
+            (2, tensor([2.], dtype=torch.float64))
+            >>> distributed.destroy_process_group()
         """
         from torch import distributed
 
@@ -106,7 +128,7 @@ class GaussianStatistics:
 
     @property
     def mean(self) -> Tensor:
-        """`[F]`."""
+        """`[F]`; NaN before the first sample."""
         return self.total / self.count + (0 if self.shift is None else self.shift)
 
     @property
@@ -128,6 +150,12 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     The trace of the root comes from the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric, so that no complex
     numbers appear. A covariance of fewer samples than features is singular, which does no harm.
 
+    Arguments:
+        a, b: of features of one space, F of them in both; the distance is in their unit, squared.
+
+    Raises:
+        ConfigError: fewer than two samples in one of them; other numbers of features.
+
     Source: Dowson & Landau 1982, Eq. 4; with Inception features it is the FID of Heusel et al. 2017.
 
     Example:
@@ -136,6 +164,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         >>> frechet_distance(*sets)
         9.0
     """
+    same_space(len(a.total), len(b.total))
     first, second = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(first)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError
-from introvae.metrics.exact import exact
+from introvae.metrics.exact import exact, same_space
 
 SUBSET, SUBSETS = 1000, 50
 BLOCK = 1024
@@ -18,7 +18,7 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     so it may be below 0.
 
     Raises:
-        ConfigError: a set with fewer than two points.
+        ConfigError: a set with fewer than two points; other numbers of features.
 
     Source: Binkowski et al. 2018, Sec. 4; the estimate is that of Gretton et al. 2012, Eq. 3.
 
@@ -43,8 +43,11 @@ def kernel_distances(
         subset: points of each subset.
         subsets: how many.
 
+    Returns:
+        The distance of each pair of subsets, unbiased, so it may be below 0; in no unit.
+
     Raises:
-        ConfigError: a set with fewer than two points.
+        ConfigError: a set with fewer than two points; other numbers of features.
 
     Source: Binkowski et al. 2018, Sec. 4: 100 subsets of 1,000.
 
@@ -68,6 +71,7 @@ def kernel_distances(
 
 def _distances(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> list[float]:
     """The distance of each pair of subsets, whose points have a 1 in a row of `of_x` `[S, N]` and `of_y` `[S, M]`."""
+    same_space(x.shape[1], y.shape[1])
     sums = []
     for points, marks in ((x, of_x), (y, of_y)):
         count = marks.sum(dim=1)

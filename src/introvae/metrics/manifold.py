@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError
-from introvae.metrics.exact import exact
+from introvae.metrics.exact import exact, same_space
 
 NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """The neighbours that give the radii, as in the papers: for precision and recall, for density and coverage."""
@@ -18,7 +18,7 @@ BLOCK = 1024
 
 
 class Manifold:
-    """A set of points and the distance of each to its k-th neighbour in the set.
+    """A set of points and the distance of each to its k-th neighbour in the set: `radii[k]`, `[N]`, Euclidean.
 
     Arguments:
         points: features `[N, ...]`, flattened here; pixels are features too. Distances are computed on their device.
@@ -27,6 +27,8 @@ class Manifold:
 
     Raises:
         ConfigError: no more than k points.
+
+    Source: Kynkaanniemi et al. 2019, Eq. 1.
 
     Example:
         >>> Manifold(torch.tensor([[0.0], [1.0], [3.0]]), [1]).radii[1]
@@ -50,7 +52,14 @@ class Manifold:
 
 
 class Neighbourhoods(NamedTuple):
-    """How two sets lie to each other; the last two are None where only precision and recall were asked for."""
+    """How two sets lie to each other, by `neighbourhoods`.
+
+    Arguments:
+        precision: share of fakes near real points, in [0, 1].
+        recall: share of real points near fakes, in [0, 1].
+        density: how densely real points surround fakes; may be above 1. None where only the first two were asked for.
+        coverage: share of real points with a fake beside, in [0, 1]; None likewise.
+    """
 
     precision: float
     recall: float
@@ -73,6 +82,9 @@ def neighbourhoods(
         real, fake: with radii of neighbour `k`; the real one of `density_k` too. On one device.
         density_k: the neighbour for density and coverage, or None for neither.
 
+    Raises:
+        ConfigError: a set without radii of its neighbour; other numbers of features.
+
     Source: precision and recall Kynkaanniemi et al. 2019, Eqs. 1-3; density and coverage Naeem et al. 2020, Eqs. 3-4.
 
     Example:
@@ -80,6 +92,13 @@ def neighbourhoods(
         >>> neighbourhoods(Manifold(points, [1, 2]), Manifold(points[:5], [1]), k=1, density_k=2)
         Neighbourhoods(precision=1.0, recall=0.6, density=1.5, coverage=0.6)
     """
+    same_space(real.points.shape[1], fake.points.shape[1])
+    for points, needed in ((real, k), (fake, k), (real, density_k)):
+        if needed is not None and needed not in points.radii:
+            raise ConfigError(
+                f"a set has radii of the neighbours {list(points.radii)}, where {needed} is needed: make it as "
+                f"Manifold(points, [{needed}])"
+            )
     device = real.points.device
     inside = torch.zeros(len(fake.points), dtype=torch.bool, device=device)
     reached, covered = (torch.zeros(len(real.points), dtype=torch.bool, device=device) for _ in range(2))
@@ -105,7 +124,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tuple[fl
         k: which neighbour gives the radius.
 
     Raises:
-        ConfigError: a set with no more than k points.
+        ConfigError: a set with no more than k points; other numbers of features.
 
     Source: Kynkaanniemi et al. 2019, Eqs. 1-3.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from introvae.errors import ConfigError, one_of, positive
+from introvae.metrics.exact import same_space
 
 DISTANCES = ("euclidean", "cosine")
 PAIRS = 2**22
@@ -39,7 +40,7 @@ def nearest(query: Tensor, batches: Iterable[Tensor], k: int = 1, distance: str 
         distance: "euclidean" or "cosine".
 
     Raises:
-        ConfigError: an unknown distance, or a set with fewer than k rows.
+        ConfigError: an unknown distance, no k, a set with fewer than k rows, or other numbers of features.
 
     Source: IntroVAE (2018), Sec. 4.3, which looks for training images by pixel distance and by cosine similarity.
 
@@ -56,6 +57,7 @@ def nearest(query: Tensor, batches: Iterable[Tensor], k: int = 1, distance: str 
     seen = 0
     for batch in batches:
         features = _features(batch, distance)
+        same_space(query.shape[1], features.shape[1])
         found = _distances(query, features, k, best[:, -1])
         rows = torch.arange(seen, seen + len(features)).expand(len(query), -1)
         seen += len(features)
