@@ -22,6 +22,7 @@ from introvae.errors import ConfigError
 from introvae.measures import examine, measure_variants, reference, sets
 from introvae.measures.reference import Reference
 from introvae.measures.sets import collect_sets
+from introvae.metrics.diversity import ms_ssim
 from introvae.metrics.features import thumb
 from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 
@@ -111,7 +112,7 @@ def test_what_needs_all_features_at_once_takes_a_stated_number_of_them(monkeypat
     assert more["kid_randconv"]["n"] == 40
     assert "40 samples against 40 of the training part" in more["kid_randconv"]["protocol"]
     assert more["frechet_randconv"]["n"] == 500
-    for name in ("mse", "msssim_pairs", "recall_pixels"):
+    for name in ("mse", "recall_pixels"):
         assert more[name]["n"] == usual[name]["n"], "their protocols fix it"
 
 
@@ -120,6 +121,8 @@ def test_few_samples_are_the_number_of_all_that_compares_them():
     found = examine(model, data, features=["randconv"], samples=20)
     for name in ("frechet_thumb", "kid_randconv", "precision_randconv"):
         assert found.metrics[name]["n"] == 20, name
+    assert found.metrics["msssim_pairs"]["n"] == 10
+    assert "floor: 10 pairs of held-out images" in found.metrics["msssim_pairs"]["protocol"]
     assert "floor: 20 held-out" in found.metrics["frechet_thumb"]["protocol"]
     assert found.yardstick is not None
     assert found.yardstick.n == 20
@@ -127,6 +130,55 @@ def test_few_samples_are_the_number_of_all_that_compares_them():
     assert all(abs(entry.get("gap", 0)) < 1e-4 for entry in variant.values())
     assert {entry["n"] for entry in variant.values()} == {20}
     assert found.yardstick.saved["frechet_thumb"] == pytest.approx(found.metrics["frechet_thumb"]["value"], rel=1e-9)
+
+
+# --- how many pairs
+
+
+@pytest.mark.parametrize(
+    ("samples", "pairs", "ours", "floor"),
+    [
+        (None, None, 12, 12),  # as many samples as held-out images
+        (600, None, 70, 12),
+        (600, 300, 300, 12),
+        (31, None, 15, 12),
+        (600, 9, 9, 9),
+        (None, 300, 300, 12),
+    ],
+)
+def test_pairs_are_as_many_as_asked_for_or_as_there_are_images_for(
+    samples: int | None,
+    pairs: int | None,
+    ours: int,
+    floor: int,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sets, "MANY", 40)
+    monkeypatch.setattr(sets, "SAMPLES", 10)
+    monkeypatch.setattr(sets, "PAIRS", 70)
+    data, model = data_of(60, 25), built()
+    kept = collect_sets(model, data, 0, samples=samples, pairs=pairs)
+    x, real = torch.cat(decoded), data.heldout[kept.rows].tensor()
+    assert len(x) == max(2 * ours, samples or 0, 50), "each sample is decoded once"
+    values = ms_ssim(x[0 : 2 * ours : 2], x[1 : 2 * ours : 2])
+    found = sets.set_metrics(kept, data, 0)[0]
+    entry = found["msssim_pairs"]
+    assert (entry["n"], entry["value"]) == (ours, pytest.approx(values.mean().item(), rel=1e-5))
+    assert entry["std"] == pytest.approx(values.std().item(), rel=1e-4)
+    expected = ms_ssim(real[0 : 2 * floor : 2], real[1 : 2 * floor : 2]).mean().item()
+    assert entry["floor"] == pytest.approx(expected, rel=1e-5)
+    assert f"MS-SSIM of {ours} pairs of samples" in entry["protocol"]
+    assert f"floor: {floor} pairs of held-out images" in entry["protocol"]
+    assert found["frechet_thumb"]["n"] == (25 if samples is None else samples), "pairs are drawn for themselves"
+
+
+def test_more_pairs_change_no_other_number():
+    data, model = data_of(60, 20), built()
+    usual, more = (examine(model, data, pairs=pairs).metrics for pairs in (None, 1400))
+    assert more.pop("msssim_pairs")["n"] == 1400
+    assert usual.pop("msssim_pairs")["n"] == 10
+    assert more == usual
 
 
 # --- how many training images
@@ -202,7 +254,20 @@ def test_a_stream_is_measured_as_the_same_images_in_memory_would_be(stream: Stre
 # --- what will not do
 
 
-@pytest.mark.parametrize("option", ["samples", "reference"])
+def test_pairs_that_will_not_do(tmp_path: Path):
+    model, data = built(), data_of(60, 20)
+    with pytest.raises(ConfigError, match="pairs is 30, which takes 60 samples, not 59: give as many, or leave one"):
+        examine(model, data, samples=59, pairs=30)
+    assert examine(model, data, samples=60, pairs=30).metrics["msssim_pairs"]["n"] == 30
+    rows = Part(torch.rand(9, 3))
+    with pytest.raises(ConfigError, match="pairs does not apply to rows: leave it out"):
+        examine(model, ArrayData("rows", rows, rows), pairs=3)
+    tiny = Part(images(9)[..., :4, :4])
+    with pytest.raises(ConfigError, match="pairs does not apply to tiny: leave it out, MS-SSIM is of images from 5"):
+        examine(model, ArrayData("tiny", tiny, tiny), pairs=3)
+
+
+@pytest.mark.parametrize("option", ["samples", "reference", "pairs"])
 def test_numbers_that_will_not_do(option: str):
     model, data = built(), data_of(60, 20)
     for number in (1, 0, -5):
@@ -261,22 +326,26 @@ def kept(report: dict[str, dict[str, dict[str, float]]]) -> bool:
 def test_a_report_names_what_it_is_of(run: Run):
     import hashlib
 
-    its = evaluate(run, seed=7, samples=30, reference=40)["evaluation"]
+    its = evaluate(run, seed=7, samples=30, reference=40, pairs=15)["evaluation"]
     weights = (run.model_folder / "model.safetensors").read_bytes()
     assert its["model"] == hashlib.sha256(weights).hexdigest()
-    assert (its["seed"], its["samples"], its["reference"]) == (7, 30, 40)
+    assert (its["seed"], its["samples"], its["reference"], its["pairs"]) == (7, 30, 40, 15)
     assert its["device"] == str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     assert (its["train"][0], its["heldout"][0]) == (72, 8)
     assert run.report()["evaluation"] == its
     page = (run.folder / "report.html").read_text()
     assert f"SHA-256 {its['model']}" in page
-    for row in ("measured on", "seed of the draws", "samples asked for", "reference asked for"):
+    for row in ("measured on", "seed of the draws", "samples asked for", "reference asked for", "pairs asked for"):
         assert f"<td>{row}</td>" in page
 
 
 def test_numbers_of_the_same_evaluation_stay(run: Run, caplog: pytest.LogCaptureFixture):
     assert kept(evaluate(run, metrics="mse"))
     assert kept(evaluate(run, metrics="mse", device="cpu"))
+    report = run.report()
+    del report["evaluation"]["pairs"]  # as before there was a choice
+    run.report_path.write_text(json.dumps(report))
+    assert kept(evaluate(run, metrics="mse"))
     assert not caplog.records
 
 
@@ -285,6 +354,7 @@ def test_numbers_of_the_same_evaluation_stay(run: Run, caplog: pytest.LogCapture
     [
         ({"seed": 1}, "another seed"),
         ({"samples": 20}, "another number of samples"),
+        ({"pairs": 20}, "another number of pairs"),
         ({"reference": 20, "seed": 1}, "another seed and number of training images"),
     ],
 )
@@ -347,12 +417,15 @@ def test_the_command_takes_the_numbers_and_the_device(command: Command, refused:
     assert (said.code, said.err) == (0, "")
     report = run.report()
     assert report["metrics"]["frechet_thumb"]["n"] == 50
+    assert report["metrics"]["msssim_pairs"]["n"] == 25
     assert "50 samples against 60 of the training part" in report["metrics"]["frechet_thumb"]["protocol"]
     said = command("evaluate", run.folder, "--metrics", "mse")
     assert (said.code, said.err) == (0, "")
     assert "are of another seed and number of samples and number of training images and go; without" in said.out
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     assert "samples is 1" in refused("evaluate", run.folder, "--samples", 1)
+    assert "pairs is 0" in refused("evaluate", run.folder, "--pairs", 0)
+    assert "takes 60 samples, not 50" in refused("evaluate", run.folder, "--samples", 50, "--pairs", 30)
     assert "device 'warp' cannot be used" in refused("evaluate", run.folder, "--device", "warp")
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 

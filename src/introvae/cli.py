@@ -209,6 +209,7 @@ def _evaluate(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     parser.add_argument("--samples", type=int, help="for Fréchet distances (default: 5000, or the held-out images)")
     parser.add_argument("--reference", type=int, help="training images they are compared with (default: 10000)")
+    parser.add_argument("--pairs", type=int, help="of samples, for MS-SSIM (default: 1000, or half the samples)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     own = parser.parse_args(words)
     if not speaks():  # of processes that were launched together, the first measures and writes
@@ -221,6 +222,7 @@ def _evaluate(words: list[str]) -> None:
         seed=own.seed,
         samples=own.samples,
         reference=own.reference,
+        pairs=own.pairs,
         device=own.device,
     )
 

@@ -57,6 +57,7 @@ IDENTITY = {
     "seed": "seed",
     "samples": "number of samples",
     "reference": "number of training images",
+    "pairs": "number of pairs",
 }
 """What must agree for the numbers of two evaluations to stand in one report."""
 
@@ -72,6 +73,7 @@ def evaluate(
     seed: int = 0,
     samples: int | None = None,
     reference: int | None = None,
+    pairs: int | None = None,
     device: str = "auto",
 ) -> Report:
     """Measure a finished run's model; write `report.json`, `report.html` and pictures into its folder.
@@ -92,6 +94,9 @@ def evaluate(
             more memory. By default 5,000 (2,000 in `thumb` and `randconv`), but no more than there are held-out images.
             Published FIDs take 50,000.
         reference: with how many training images, at most all; 10,000 by default.
+        pairs: how many pairs of samples are compared with one another by MS-SSIM, and of held-out images as far as
+            there are so many; 1,000 by default, but no more than samples have. If `samples` is not given, as many as
+            the pairs take are drawn for them alone. IntroVAE's table takes 10,000.
         device: what the model and the features run on: "auto", "cpu", "cuda", "cuda:1", "mps". Sums in float64 are
             kept on the CPU.
 
@@ -99,7 +104,7 @@ def evaluate(
         What stands in report.json, as a dictionary that a notebook shows as a table: `{"run": folder, "data": name,
         "metrics": {name: {"value", "std", "n", "protocol", "floor"}}, "variants": {"training mode" or "raw weights":
         {name: {"value", "saved", "gap", "n", "protocol"}} or why there are none}, "evaluation": {"model", "train",
-        "heldout": checksums, "seed", "samples", "reference", "device"}, "pictures": {name: file},
+        "heldout": checksums, "seed", "samples", "reference", "pairs", "device"}, "pictures": {name: file},
         "class_posteriors": of each class of labelled data, "class_shares": by classifier, "neighbours": how near
         samples are to training images, "intake": what became of each file, ...}`; keys that do not apply are left out.
         "floor" is what real data score in the samples' place (held-out ones; for precision to coverage and class
@@ -125,11 +130,11 @@ def evaluate(
     lpips = lpips_distance() if "lpips" in metrics else None
     config, model = run.config(), run.model().to(pick_device(device))
     loaded, encodes = load_for(config, model, data), config.objective.encodes
-    check_numbers(loaded, samples=samples, reference=reference)
+    check_numbers(loaded, samples=samples, reference=reference, pairs=pairs)
     heldout = None
     if isinstance(loaded, ArrayData) and encodes != "nothing":
         heldout = look_at_heldout(model, loaded, lpips=lpips)
-    found = examine(model, loaded, seed, heldout, spaces, encodes, samples, reference)
+    found = examine(model, loaded, seed, heldout, spaces, encodes, samples, reference, pairs)
     for name in metrics:
         if name not in found.metrics:
             raise _does_not_apply(name, loaded, found.metrics)
@@ -142,6 +147,7 @@ def evaluate(
         "seed": seed,
         "samples": samples,
         "reference": reference,
+        "pairs": pairs,
     }
     before = _earlier(path, metrics, its) if metrics else {}
     rows = run.log()
@@ -223,7 +229,8 @@ def _earlier(path: Path, names: Sequence[str], its: dict[str, Any]) -> dict[str,
         return {}
     before = json.loads(path.read_text(encoding="utf-8"))
     known = before.get("evaluation", {})
-    differs = [IDENTITY[name] for name, fact in its.items() if name not in known or known[name] != fact]
+    named = {"pairs": None, **known}  # reports that do not name it have the default
+    differs = [IDENTITY[name] for name, fact in its.items() if name not in named or named[name] != fact]
     if not differs:
         return before
     if dropped := before["metrics"].keys() - set(names):
@@ -235,7 +242,7 @@ def _earlier(path: Path, names: Sequence[str], its: dict[str, Any]) -> dict[str,
 def _how(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """What the page tells of the evaluation itself."""
     facts = [("measured on", evaluation["device"]), ("seed of the draws", str(evaluation["seed"]))]
-    numbers = [(f"{name} asked for", evaluation[name]) for name in ("samples", "reference")]
+    numbers = [(f"{name} asked for", evaluation[name]) for name in ("samples", "reference", "pairs")]
     facts += [(name, f"{number:,}") for name, number in numbers if number is not None]
     return [*facts, ("model.safetensors", f"SHA-256 {evaluation['model']}")]
 

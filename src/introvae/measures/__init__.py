@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from introvae.data import Data, Density, DensityData
+from introvae.data import ArrayData, Data, Density, DensityData
 from introvae.errors import ConfigError, whole
 from introvae.measures.entries import Metrics, entry
 from introvae.measures.heldout import Heldout, class_posteriors, heldout_metrics, look_at_heldout
-from introvae.measures.sets import NEIGHBOURS, collect_sets, set_metrics
+from introvae.measures.sets import NEIGHBOURS, collect_sets, has_pairs, set_metrics
 from introvae.measures.variants import ENERGY_POINTS, PlaneYardstick, SetYardstick, Yardstick, measure_variants
 from introvae.metrics import histogram
 from introvae.metrics.classifier import CLASSIFIERS
@@ -94,6 +94,7 @@ def examine(
     encodes: str = "posterior",
     samples: int | None = None,
     reference: int | None = None,
+    pairs: int | None = None,
 ) -> Findings:
     """All metrics that apply to this data, of a model in evaluation mode, and what belongs to them.
 
@@ -108,12 +109,16 @@ def examine(
             number is given 5,000 (2,000 in spaces that are there for all images), and no more than held-out images.
             What needs all features at once takes the first 5,000 of them at most.
         reference: how many training images they are compared with (or all there are), 10,000 where no number is given.
+        pairs: how many pairs of samples, and of held-out images as far as there are so many, MS-SSIM compares; 1,000
+            where no number is given, and no more than samples have. Where `samples` is not given, as many as the pairs
+            take are drawn for them alone.
 
     Raises:
-        ConfigError: an unknown feature space; a number under 2, or one for points of a density.
+        ConfigError: an unknown feature space; a number under 2, or one that does not apply to the data; fewer samples
+            than the pairs take.
         DataError: the model makes values that are not finite.
     """
-    check_numbers(data, samples=samples, reference=reference)
+    check_numbers(data, samples=samples, reference=reference, pairs=pairs)
     if isinstance(data, DensityData):
         metrics = _plane(model, data.density, torch.Generator().manual_seed(seed), encodes == "posterior")
         return Findings(metrics, {}, PlaneYardstick(model, data.density, POINTS, seed))
@@ -124,13 +129,13 @@ def examine(
         metrics = heldout_metrics(model, heldout, encodes == "posterior")
     if min(len(data.train), len(data.heldout)) < 2:
         return Findings(metrics, {}, None)
-    sets = collect_sets(model, data, seed, features, samples, reference)
+    sets = collect_sets(model, data, seed, features, samples, reference, pairs)
     more, shares = set_metrics(sets, data, seed)
     return Findings(metrics | more, shares, SetYardstick(data, sets, heldout, encodes == "posterior"))
 
 
 def check_numbers(data: Data, **numbers: int | None) -> None:
-    """Raise `ConfigError` unless every number of images that is given can be one."""
+    """Raise `ConfigError` unless every number of images or pairs that is given can be one."""
     for name, number in numbers.items():
         if number is None:
             continue
@@ -139,6 +144,16 @@ def check_numbers(data: Data, **numbers: int | None) -> None:
             raise ConfigError(f"{name} is {number}: it must be at least 2")
         if isinstance(data, DensityData):
             raise ConfigError(f"{name} does not apply to {data.name}: leave it out, protocols fix the number of points")
+    pairs, samples = numbers.get("pairs"), numbers.get("samples")
+    if pairs is None:
+        return
+    if isinstance(data, ArrayData) and not has_pairs(data):
+        raise ConfigError(f"pairs does not apply to {data.name}: leave it out, MS-SSIM is of images from 5 pixels")
+    if samples is not None and samples < 2 * pairs:
+        raise ConfigError(
+            f"pairs is {pairs}, which takes {2 * pairs} samples, not {samples}: give as many, or leave "
+            "one of the two out"
+        )
 
 
 def _plane(model: IntrospectiveVAE, density: Density, generator: torch.Generator, posteriors: bool) -> Metrics:

@@ -28,6 +28,7 @@ set go into neighbourhoods and kernel distances, which need all features at once
 COMPARED = 1000
 """On so many held-out images, and as many samples, variants of the model are compared."""
 PAIRS = 1000
+"""Pairs of samples, as far as there are samples, and of held-out images, unless another number is asked for."""
 SAMPLES, REPEATS, REFERENCE = 500, 5, 2000
 """For the metrics of pixels: samples in each of REPEATS draws, real images."""
 MAX_PIXELS = 32 * 32 * 3
@@ -119,25 +120,29 @@ def collect_sets(
     features: Sequence[Any] = (),
     samples: int | None = None,
     reference: int | None = None,
+    pairs: int | None = None,
 ) -> Sets:
     """Read the sets, draw the samples. All draws are made on the CPU, so that no device changes them.
 
     Arguments:
-        features, samples, reference: as in `examine`.
+        features, samples, reference, pairs: as in `examine`.
     """
     generator = torch.Generator().manual_seed(seed)
     asked = [space if isinstance(space, FeatureSpace) else feature_space(space) for space in features]
     spaces = spaces_of(data, asked)
     part = Reference(data.train, TRAIN if reference is None else reference, generator)
-    held = Reference(data.heldout, max(MANY, samples or 0), generator)
+    held = Reference(data.heldout, max(MANY, samples or 0, 2 * (pairs or 0)), generator)
     unseen = held[:MANY]
     images = len(data.shape) == 3
     pixels = images and small(data)
     wanted = _wanted(spaces, len(part), len(held), samples, pixels)
-    pairs = min(PAIRS, len(held) // 2) if images and diversity.ms_ssim_scales(min(data.shape[1:])) else 0
+    if not has_pairs(data):
+        pairs = 0
+    elif pairs is None:
+        pairs = min(PAIRS, (len(held) if samples is None else samples) // 2)
     first, batch = min(COMPARED, len(unseen), samples or COMPARED), at_once(data.shape)
     # Further samples are only summed: their latents are drawn when they are decoded.
-    drawn = max(max(want.images, want.kept) for want in wanted.samples)
+    drawn = max([2 * pairs, *(max(want.images, want.kept) for want in wanted.samples)])
     ready = min(drawn, max(MANY, SAMPLES * REPEATS))
     latents = torch.randn(ready, model.latent_dim, generator=generator)
     condition = model.draw_condition(ready, generator)
@@ -145,8 +150,9 @@ def collect_sets(
     early = collect(read, wanted.samples, first, batch=batch, pairs=pairs)
     fakes = Collected()
     fakes.merge(early)
-    fakes.merge(collect(read, wanted.samples, ready, start=first, batch=batch, pairs=pairs))
-    fakes.merge(collect(further(model, generator), wanted.samples, drawn, start=ready, batch=batch))
+    for source, start, stop in ((read, first, ready), (further(model, generator), ready, drawn)):
+        rest = collect(source, wanted.samples, stop, start=start, batch=batch, pairs=pairs, waiting=fakes.waiting)
+        fakes.merge(rest)
     return Sets(
         spaces,
         frozenset(space.name for space in asked),
@@ -156,12 +162,17 @@ def collect_sets(
         condition,
         part[:REFERENCE].labels if pixels else None,
         train=collect(stored(model, part), wanted.train, len(part), batch=batch),
-        heldout=collect(stored(model, held), wanted.heldout, len(held), batch=batch, pairs=pairs),
+        heldout=collect(stored(model, held), wanted.heldout, len(held), batch=batch, pairs=min(pairs, len(held) // 2)),
         samples=fakes,
         early=early,
         compared=first,
         device=model.device,
     )
+
+
+def has_pairs(data: ArrayData) -> bool:
+    """Whether MS-SSIM tells how alike images are: not of rows, nor of images under 5 pixels."""
+    return len(data.shape) == 3 and diversity.ms_ssim_scales(min(data.shape[1:])) > 0
 
 
 def small(data: ArrayData) -> bool:
@@ -343,7 +354,8 @@ def _alike(sets: Sets, shape: tuple[int, ...]) -> dict[str, Any]:
     side = min(shape[1:])
     protocol = (
         f"MS-SSIM of {len(ours)} pairs of samples with {diversity.ms_ssim_scales(side)} of 5 scales, Gaussian window "
-        f"of {diversity.ms_ssim_window(side)} pixels; mean and std over pairs; floor: {len(real)} pairs of real ones"
+        f"of {diversity.ms_ssim_window(side)} pixels; mean and std over pairs; floor: {len(real)} pairs of held-out "
+        "images"
     )
     return entry(ours.tolist(), len(ours), protocol, real.mean().item())
 

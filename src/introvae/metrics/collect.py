@@ -78,16 +78,19 @@ class Collected:
     Arguments:
         spaces: what was found in each, by name.
         alike: MS-SSIM of pairs of its images, `[P]`.
+        waiting: the last image of an odd number, whose neighbour is the next of the set.
     """
 
     spaces: dict[str, Found] = field(default_factory=dict)
     alike: list[Tensor] = field(default_factory=list)
+    waiting: list[Tensor] = field(default_factory=list)
 
     def merge(self, later: Collected) -> None:
         """Go on with what was found of the images that come next in the set."""
         for name, found in later.spaces.items():
             self.spaces.setdefault(name, Found()).merge(found)
         self.alike += later.alike
+        self.waiting = later.waiting
 
 
 @torch.no_grad()
@@ -99,6 +102,7 @@ def collect(
     start: int = 0,
     batch: int = 256,
     pairs: int = 0,
+    waiting: Sequence[Tensor] = (),
 ) -> Collected:
     """Read a set a batch at a time and keep what is wanted of it.
 
@@ -108,6 +112,7 @@ def collect(
         stop: rows from `start` to before this one are read, no more than anybody wants.
         batch: rows at a time.
         pairs: MS-SSIM of so many pairs of neighbours, from the set's start.
+        waiting: what was found of the rows before `start` has there.
 
     Raises:
         ConfigError: a space with too many features for a covariance.
@@ -120,7 +125,7 @@ def collect(
         >>> found.spaces["rows"].sums.count, found.spaces["rows"].features.shape
         (10, torch.Size([6, 4]))
     """
-    collected, odd = Collected(), []
+    collected = Collected(waiting=list(waiting))
     stop = min(stop, max([2 * pairs, *(max(w.images, w.kept) for w in wanted)]))
     for first in range(start, stop, batch):
         x = read(first, min(first + batch, stop))
@@ -131,9 +136,9 @@ def collect(
                 _look(want, x[:rows], first, found)
         if (rows := min(2 * pairs - first, len(x))) > 0:
             # The last of an odd batch waits for its neighbour: the pairs are the same ones whatever the batch is.
-            paired = torch.cat([*odd, x[:rows]])
+            paired = torch.cat([*collected.waiting, x[:rows]])
             even = len(paired) // 2 * 2
-            odd = [paired[even:]]
+            collected.waiting = [paired[even:]]
             if even:
                 collected.alike.append(ms_ssim(paired[0:even:2], paired[1:even:2]).cpu())
     return collected
