@@ -417,7 +417,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(workers: Workers) ->
 
 
 def test_batch_normalisation_on_the_cpu_is_refused_with_a_remedy_that_helps(workers: Workers) -> None:
-    assert "--network_options.norm layer" in assert_refused(workers.said("norm"))
+    assert "--network_options.norm pixel" in assert_refused(workers.said("norm"))
     assert_finished(workers.said("remedy"))
     assert (workers.folder / "norm" / "model" / "model.safetensors").is_file()
 

@@ -222,7 +222,7 @@ def _refuse(model: IntrospectiveVAE, warmup: Warmup, capturable: bool) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.encoder.modules()):
         raise ConfigError(
             "WGANGP's penalty is of each sample's own gradient, which batch normalisation mixes with others': choose "
-            "another norm, such as --network_options.norm layer"
+            "another norm, such as --network_options.norm pixel"
         )
     if getattr(model.encoder, "_compiled_call_impl", None) is not None:
         raise ConfigError(

@@ -24,7 +24,7 @@ def share_statistics(model: IntrospectiveVAE, peers: Alone) -> None:
     if peers.count == 1 or not batch_norms:
         return
     if model.device.type != "cuda":
-        raise ConfigError("norm 'batch' sees one process' samples only on the CPU: take --network_options.norm layer")
+        raise ConfigError("norm 'batch' sees one process' samples only on the CPU: take --network_options.norm pixel")
     model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
     model.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.decoder)
 
