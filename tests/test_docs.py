@@ -15,10 +15,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import introvae
 from commands import Command
 from introvae import networks
+from introvae.data import load_data
+from introvae.metrics.features import feature_space
+from introvae.metrics.frechet import GaussianStatistics, frechet_distance
 from introvae.networks.conv import build_conv
 from test_readme import known_option, run
 
@@ -103,6 +107,29 @@ def test_the_own_objective_is_short_and_trains_by_its_import_path(tmp_path: Path
     settings = (tmp_path / "runs/relative/config.yaml").read_text()
     assert "class_path: relative.RelativeIntroVAE" in settings
     assert "beta: 4.0\n    alpha: 0.8\n    margin: 2.0" in settings  # the alpha of its own, not that of another one
+
+
+def test_the_distance_over_several_processes_is_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (DOCS / "metrics.md").read_text()
+    (own,) = blocks(text, "python")
+    (line,) = re.findall(r"^`(torchrun .* distance\.py)`", text, re.MULTILINE)
+    (tmp_path / "distance.py").write_text(own)
+    settings = {"data": "digits", "network": "tiny-conv", "steps": 3, "recipe": "none", "progress": False}
+    trained = introvae.fit(**settings, out=str(tmp_path / "runs" / "digits"))
+    model, space = trained.model(), feature_space("thumb")
+    latents = torch.randn(5000, model.latent_dim, generator=torch.Generator().manual_seed(0))
+    sums = [GaussianStatistics(64), GaussianStatistics(64)]
+    with torch.no_grad():
+        for found, x in zip(sums, (model.decode(latents), load_data("digits").train.tensor()), strict=True):  # pyright: ignore
+            found.update(space(x))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(own, "distance.py", "exec"), {})
+    for told in (capsys.readouterr().out, run(shlex.split(line), tmp_path)):
+        (said,) = told.splitlines()  # of several processes the first speaks
+        assert said.endswith(": 5000 samples, 1437 training images")
+        assert float(said.split()[1].rstrip(":")) == pytest.approx(frechet_distance(*sums), rel=1e-5)
 
 
 def test_every_page_is_in_the_table_of_contents_once() -> None:
