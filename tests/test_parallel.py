@@ -435,3 +435,17 @@ def test_only_the_first_process_evaluates(workers: Workers) -> None:
 @pytest.mark.parametrize(("command", "message"), [("taken", "holds a run already"), ("missing", "none.npy")])
 def test_what_only_the_first_process_meets_ends_all_with_one_line(workers: Workers, command: str, message: str) -> None:
     assert message in assert_refused(workers.said(command))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, auto gives each process one")
+def test_processes_on_a_machine_without_a_gpu_train_together_unasked() -> None:
+    with started("-c", "from introvae.parallel import processes; print(processes().count)") as pair:
+        assert [said.out.strip() for said in ended(pair)] == ["2", "2"]
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(LAUNCHER, ("0", "0", "2", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("introvae.parallel._peers", lambda cpu: Alone())
+    with pytest.raises(ConfigError, match=r"2 processes were launched and each would train alone.*--device cpu"):
+        processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cache
@@ -170,8 +171,19 @@ def processes(device: str = "auto") -> Alone:
     Arguments:
         device: the setting; "cpu" keeps them off the GPUs.
 
+    Raises:
+        ConfigError: several processes were launched where each would train alone.
+
     Example:
         >>> processes().count
         1
     """
-    return _peers(device == "cpu") if launched() else Alone()
+    if not launched():
+        return Alone()
+    peers = _peers(device == "cpu" or not torch.accelerator.is_available())
+    if peers.count != (wanted := int(os.environ["WORLD_SIZE"])):  # Apple's GPU, say, which has no collectives
+        raise ConfigError(
+            f"{wanted} processes were launched and each would train alone on device {device}: "
+            "take --device cpu, or launch one"
+        )
+    return peers
