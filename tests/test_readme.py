@@ -131,6 +131,18 @@ def test_the_table_of_the_other_images_is_that_of_the_results() -> None:
         assert floor == f"{cells['VAE']['floors'][f'frechet_{space}']:.1f}"
 
 
+def test_fakes_are_told_from_real_images_through_the_last_half_on_all_sets() -> None:
+    result = json.loads((ROOT / "benchmarks/results/images/comparison.json").read_text())
+    awake = {
+        (section["key"], cell["label"]): [run["metrics"]["adversary_awake"] for run in cell["runs"]]
+        for section in result["sections"]
+        for cell in section["cells"]
+        if cell["label"] in ("Soft-IntroVAE", "AS-IntroVAE")
+    }
+    assert len(awake) == 10
+    assert {share for shares in awake.values() for share in shares} == {1.0}
+
+
 def test_make_s_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = [command.split()[1] for command in COMMANDS if command.startswith("make ")]
