@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from commands import Command, Refused
-from introvae import IntrospectiveVAE, Run, evaluate, evaluation, fit
+from introvae import Classes, IntrospectiveVAE, Run, evaluate, evaluation, fit
 from introvae.data import ArrayData, DataOptions, Part, load_data
 from introvae.data.stream import StreamData
 from introvae.errors import ConfigError
@@ -173,8 +173,16 @@ def test_pairs_are_as_many_as_asked_for_or_as_there_are_images_for(
     assert found["frechet_thumb"]["n"] == (25 if samples is None else samples), "pairs are drawn for themselves"
 
 
-def test_more_pairs_change_no_other_number():
-    data, model = data_of(60, 20), built()
+@pytest.mark.parametrize("side", [8, 64])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_more_pairs_change_no_other_number(side: int, classes: int | None):
+    """Also of images that are not compared by their pixels, which takes 2,500 samples anyway."""
+    x = torch.randint(0, 256, (80, 1, side, side), generator=generator(), dtype=torch.uint8)
+    labels = torch.arange(80) % 3
+    data = ArrayData("mine", Part(x[:60], labels[:60]), Part(x[60:], labels[60:]))
+    torch.manual_seed(0)
+    told = None if classes is None else Classes(("a", "b", "c"), (2, 3, 5))
+    model = IntrospectiveVAE.build((1, side, side), "tiny-conv", latent_dim=3, classes=told).eval()
     usual, more = (examine(model, data, pairs=pairs).metrics for pairs in (None, 1400))
     assert more.pop("msssim_pairs")["n"] == 1400
     assert usual.pop("msssim_pairs")["n"] == 10

@@ -267,6 +267,20 @@ def test_heads_of_digits_and_tables_have_the_committed_figures(name: str, file: 
     assert "one seed" in told
 
 
+@pytest.mark.parametrize("name", [f"images-{objective}" for objective in OBJECTIVES.values() if objective != "wgangp"])
+def test_heads_of_the_recipes_for_images_have_the_committed_figures(name: str) -> None:
+    text = (ROOT / "benchmarks" / "results" / "images" / "comparison.json").read_text(encoding="utf-8")
+    told, compared = facts(name)["expect"], 0
+    for section in json.loads(text)["sections"]:
+        for row in section["cells"] if section["key"] in ("faces", "scenes") else ():
+            if OBJECTIVES[row["label"]] == name.removeprefix("images-"):
+                found = row["runs"][0]["metrics"]
+                assert f"{found['psnr_db']:.1f} dB" in told
+                assert re.search(rf"\b{found['frechet_randconv']:.1f}\b", told)
+                compared += 1
+    assert compared
+
+
 @pytest.mark.parametrize("data", HUB_WHOLE)
 def test_as_many_images_are_held_out_as_in_the_papers(data: str) -> None:
     for name in [name for name in PAPERS if kind(name) == data]:

@@ -120,5 +120,7 @@ def _claims_to_be(width: int, height: int) -> bytes:
 
 
 if __name__ == "__main__":
+    if (place := Path(sys.argv[2])).is_dir() and any(place.iterdir()):
+        sys.exit(f"{place} is not empty, and what lies there would be among the faces: move it away first")
     fate = write_faces(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
     print(f"{len(os.listdir(sys.argv[2])) - 1} faces and {len(fate)} odd files in {sys.argv[2]}")

@@ -44,8 +44,8 @@ EVALUATION_SECONDS, IMAGES_SECONDS = 12.0, 50.0
 one thread).
 """
 PICTURES, MOST_PICTURES = 5, 50
-"""So many pictures of the game at least, so that `figures.moments` finds some near the moments that it means; about so
-many of the whole run at most, should the game be short.
+"""So many pictures of the game, so that `figures.moments` finds some near the moments that it means; fewer where the
+game is so short that the whole run would have more than about the second number.
 """
 
 

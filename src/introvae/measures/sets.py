@@ -141,8 +141,9 @@ def collect_sets(
     elif pairs is None:
         pairs = min(PAIRS, (len(held) if samples is None else samples) // 2)
     first, batch = min(COMPARED, len(unseen), samples or COMPARED), at_once(data.shape)
-    # Further samples are only summed: their latents are drawn when they are decoded.
-    drawn = max([2 * pairs, *(max(want.images, want.kept) for want in wanted.samples)])
+    # Further samples are only summed: their latents are drawn when they are decoded. Those that only the pairs take are
+    # drawn after all others, which then do not depend on the number of pairs.
+    drawn = max(max(want.images, want.kept) for want in wanted.samples)
     ready = min(drawn, max(MANY, SAMPLES * REPEATS))
     latents = torch.randn(ready, model.latent_dim, generator=generator)
     condition = model.draw_condition(ready, generator)
@@ -150,7 +151,8 @@ def collect_sets(
     early = collect(read, wanted.samples, first, batch=batch, pairs=pairs)
     fakes = Collected()
     fakes.merge(early)
-    for source, start, stop in ((read, first, ready), (further(model, generator), ready, drawn)):
+    more = further(model, generator)
+    for source, start, stop in ((read, first, ready), (more, ready, drawn), (more, drawn, 2 * pairs)):
         rest = collect(source, wanted.samples, stop, start=start, batch=batch, pairs=pairs, waiting=fakes.waiting)
         fakes.merge(rest)
     return Sets(
