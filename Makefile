@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/introvae fit --data digits --out runs/demo-$$(date +%Y%m%d-%H%M%S) --evaluate
 
-# The README's faces: a Parquet file of them becomes a folder of JPEG files with thirty odd ones, 23 minutes of training.
+# The README's faces: a Parquet file of them becomes a folder of JPEG files with thirty odd ones, 24 minutes of training.
 FACES ?= ../shared/data/faces-lfw-gray/train.parquet
 faces: $(VENV)/.ready
 	$(BIN)/python tests/unprepared.py $(FACES) runs/faces

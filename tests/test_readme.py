@@ -131,6 +131,19 @@ def test_the_table_of_the_other_images_is_that_of_the_results() -> None:
         assert floor == f"{cells['VAE']['floors'][f'frechet_{space}']:.1f}"
 
 
+def test_the_faces_are_those_of_the_results() -> None:
+    result = json.loads((ROOT / "docs/results/faces.json").read_text())
+    (line,) = [line for line in README.splitlines() if "(`make faces`) |" in line]
+    data, steps, seconds, psnr, frechet = (part.strip() for part in line.strip("|").split("|"))
+    metrics = result["metrics"]
+    assert f"{result['train']:,} to train on" in data
+    assert (steps, seconds.split()[0]) == (f"{result['steps']:,}", f"{result['training_seconds']:,.0f}")
+    assert psnr == f"{metrics['psnr_db']['value']:.1f}"
+    assert frechet == "{value:.1f} ({floor:.3f})".format(**metrics["frechet_randconv"])
+    named = [part["name"] for part in (*result["intake"]["skipped"], *result["intake"]["converted"], *result["worst"])]
+    assert not [name for name in named if name.startswith(("images/", "checkpoints/", "model/"))]  # of no run there
+
+
 def test_fakes_are_told_from_real_images_through_the_last_half_on_all_sets() -> None:
     result = json.loads((ROOT / "benchmarks/results/images/comparison.json").read_text())
     awake = {
